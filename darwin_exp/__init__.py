@@ -1,0 +1,1 @@
+"""DARWIN evolves GPT training code and measures what it gained."""

@@ -1,0 +1,494 @@
+"""The nouns of an evolution: genomes, individuals, proposals, jobs and what came of them.
+
+Everything here is frozen and knows nothing of the stages that make or use it, so that any
+of it can be pickled to another node, written to the journal, or compared in a test.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+GENOME_SUFFIXES = (".py", ".json", ".toml", ".yaml", ".yml", ".txt")
+NOT_GENOME = frozenset({"job.json", "model.json", "requirements.txt"})
+MAX_GENOME_BYTES = 1_000_000
+
+
+class Status(Enum):
+    """What became of an individual, a training run or an evaluation."""
+
+    OK = "OK"  # trained and scored
+    CRASHED = "CRASHED"  # the training code ended by itself without a usable result
+    TIMED_OUT = "TIMED_OUT"  # frozen at its budget with no complete checkpoint
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"  # went past its memory limit
+    INVALID = "INVALID"  # the edit did not apply, parse or keep the contract
+    DUPLICATE = "DUPLICATE"  # the same code was seen before
+    REJECTED = "REJECTED"  # failed an integrity check
+    QUARANTINED = "QUARANTINED"  # killed its evaluator too often to be tried again
+    INFRA_LOST = "INFRA_LOST"  # our fault: retried, never held against the individual
+
+
+class Reason(Enum):
+    """Why a status is not OK; the sentence beside it says it in words."""
+
+    NONE = "none"
+    # INVALID and DUPLICATE
+    DOES_NOT_APPLY = "does_not_apply"
+    SYNTAX = "syntax"
+    CONTRACT = "contract"
+    NO_OP = "no_op"
+    SEEN_BEFORE = "seen_before"
+    FORBIDDEN_PATH = "forbidden_path"
+    NOTHING_TO_EDIT = "nothing_to_edit"
+    # training
+    EXCEPTION = "exception"
+    SIGNAL = "signal"
+    MEMORY = "memory"
+    NO_CHECKPOINT = "no_checkpoint"
+    # artefacts and integrity
+    ARTEFACT = "artefact"
+    MODEL_CODE = "model_code"
+    SHAPE = "shape"
+    NONFINITE = "nonfinite"
+    CAUSALITY = "causality"
+    NORMALISATION = "normalisation"
+    NONDETERMINISM = "nondeterminism"
+    IMPLAUSIBLE = "implausible"
+    # our own failures
+    START_UP = "start_up"
+    CONTENTION = "contention"
+    INFRASTRUCTURE = "infrastructure"
+
+
+@dataclass(frozen=True)
+class Genome:
+    """An immutable tree of training code; two genomes with the same bytes are the same genome.
+
+    Attributes:
+        files: text of every file by its POSIX path relative to the tree, sorted by path.
+    """
+
+    files: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, files: Mapping[str, str]) -> Genome:
+        """Build a genome from a mapping of path to text.
+
+        Raises:
+            ValueError: a path is absolute or leaves the tree, or the tree is too large.
+        """
+        for path in files:
+            parts = PurePosixPath(path).parts
+            if not parts or PurePosixPath(path).is_absolute() or ".." in parts or "\\" in path:
+                raise ValueError(f"a genome cannot hold the path {path!r}")
+        if sum(len(text.encode()) for text in files.values()) > MAX_GENOME_BYTES:
+            raise ValueError(f"a genome holds at most {MAX_GENOME_BYTES} bytes of source")
+        return cls(tuple(sorted(files.items())))
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Genome:
+        """Read the training code below a folder; hidden files, caches and prose are left out.
+
+        Raises:
+            ValueError: the folder is missing, has no train.py or model.py, or is not UTF-8 text.
+        """
+        if not folder.is_dir():
+            raise ValueError(f"genome.dir: {folder} is not a folder")
+        files: dict[str, str] = {}
+        for path in sorted(folder.rglob("*")):
+            relative = path.relative_to(folder)
+            hidden = any(part.startswith((".", "__pycache__")) for part in relative.parts)
+            if hidden or path.is_symlink() or not path.is_file():
+                continue
+            if path.suffix not in GENOME_SUFFIXES or path.name in NOT_GENOME:
+                continue
+            try:
+                files[relative.as_posix()] = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"genome.dir: {path} is not UTF-8 text") from error
+        for needed in ("train.py", "model.py"):
+            if needed not in files:
+                raise ValueError(f"genome.dir: {folder} holds no {needed} (see CONTRACT.md)")
+        return cls.of(files)
+
+    def write_to(self, folder: Path) -> None:
+        """Write the tree below a folder, which is made if it is missing."""
+        for path, text in self.files:
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, encoding="utf-8")
+
+    def with_files(self, changed: Mapping[str, str], removed: Iterable[str] = ()) -> Genome:
+        """Return this genome with some files replaced, added or removed."""
+        files = {**self.as_dict, **changed}
+        for path in removed:
+            files.pop(path, None)
+        return Genome.of(files)
+
+    @cached_property
+    def as_dict(self) -> dict[str, str]:
+        return dict(self.files)
+
+    @cached_property
+    def id(self) -> str:
+        """The content hash, 64 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.files).encode()).hexdigest()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash that ignores comments, docstrings, layout and seeds: equal means 'the same code'."""
+        normal = [(path, _normalised(path, text)) for path, text in self.files]
+        return hashlib.sha256(json.dumps(normal).encode()).hexdigest()
+
+    def patch_from(self, other: Genome) -> str:
+        """Return the unified diff that turns `other` into this genome."""
+        lines: list[str] = []
+        for path in sorted(self.as_dict.keys() | other.as_dict.keys()):
+            before, after = other.as_dict.get(path), self.as_dict.get(path)
+            if before == after:
+                continue
+            lines += _file_diff(path, before, after)
+        return "".join(lines)
+
+
+def _file_diff(path: str, before: str | None, after: str | None) -> list[str]:
+    old_name = "/dev/null" if before is None else f"a/{path}"
+    new_name = "/dev/null" if after is None else f"b/{path}"
+    diff = difflib.unified_diff(
+        (before or "").splitlines(keepends=True),
+        (after or "").splitlines(keepends=True),
+        old_name,
+        new_name,
+    )
+    # A last line without a line break needs git's marker, or the patch would not apply.
+    return [
+        line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in diff
+    ]
+
+
+class _Normaliser(ast.NodeTransformer):
+    """Drops what cannot change what code does: docstrings, and the values of seeds."""
+
+    def _without_docstring(self, node: Any) -> Any:
+        self.generic_visit(node)
+        body = node.body
+        if (
+            body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+            and isinstance(body[0].value.value, str)
+        ):
+            node.body = body[1:] or [ast.Pass()]
+        return node
+
+    visit_Module = _without_docstring
+    visit_ClassDef = _without_docstring
+    visit_FunctionDef = _without_docstring
+    visit_AsyncFunctionDef = _without_docstring
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if "seed" in name.lower():
+            node.args, node.keywords = [], []
+        return node
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST:
+        self.generic_visit(node)
+        names = [getattr(t, "attr", getattr(t, "id", "")) for t in node.targets]
+        if any("seed" in name.lower() for name in names) and isinstance(node.value, ast.Constant):
+            node.value = ast.Constant(0)
+        return node
+
+
+def _normalised(path: str, text: str) -> str:
+    try:
+        if path.endswith(".py"):
+            return ast.dump(_Normaliser().visit(ast.parse(text)))
+        if path.endswith(".json"):
+            return json.dumps(json.loads(text), sort_keys=True)
+    except (SyntaxError, ValueError, RecursionError):
+        pass  # code that does not parse is compared as it stands
+    return text
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One named change to a genome, and why it was made.
+
+    Attributes:
+        operator: the name of the built-in edit, or of the model that wrote it.
+        file: the file it changes, relative to the genome.
+        why: one line for people and for memory.
+        parameters: what is needed to make the same edit again.
+    """
+
+    operator: str
+    file: str
+    why: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A rewritten genome, before anything was trained.
+
+    Attributes:
+        genome: the rewritten code.
+        edits: the edits that led from the base genome to this one, oldest first.
+        n_new: how many of them (the last ones) this proposal added to its parent.
+        summary: one line for memory and for the table of individuals.
+        expected_effect: what the editor hoped for, in words; empty when it did not say.
+    """
+
+    genome: Genome
+    edits: tuple[Edit, ...]
+    n_new: int
+    summary: str
+    expected_effect: str = ""
+
+    @property
+    def new_edits(self) -> tuple[Edit, ...]:
+        return self.edits[len(self.edits) - self.n_new :]
+
+
+class Purpose(Enum):
+    """Why a job is run; only SEARCH jobs belong to requested individuals."""
+
+    SEARCH = "search"
+    BASE_REPEAT = "base_repeat"
+    CLAIM = "claim"
+    RETIME = "retime"
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """A prepared data set as the harness sees it; a genome is shown the train split only.
+
+    Attributes:
+        folder: where meta.json, train.bin and held_out/ lie.
+        content_hash: hash over tokens, splits and vocabulary.
+        vocab_size: number of token ids, V.
+        token_bytes: bytes per stored token id, 2 or 4 (little-endian unsigned).
+    """
+
+    folder: Path
+    content_hash: str
+    vocab_size: int
+    token_bytes: int = 2
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """How one genome is to be trained.
+
+    Attributes:
+        budget_seconds: wall clock after which the group is frozen.
+        max_steps: optimizer steps after which the genome should stop by itself, if not None.
+        seed: the harness's seed for this run.
+        context_length: tokens per sequence, T.
+        device: "cpu" or "cuda".
+        threads: compute threads of the run.
+        startup_seconds: deadline of the ready signal; missing it is our fault.
+        memory_mb: resident memory of the whole group.
+        file_mb: largest single file that may be written.
+        max_processes: processes and threads of the group.
+    """
+
+    budget_seconds: float
+    max_steps: int | None
+    seed: int
+    context_length: int
+    device: str = "cpu"
+    threads: int = 1
+    startup_seconds: float = 60.0
+    memory_mb: int = 4096
+    file_mb: int = 1024
+    max_processes: int = 256
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """How the trained model is to be scored.
+
+    Attributes:
+        split: "val", "gate" or "test".
+        max_logits_bytes: upper bound of float32 logits that one pass transfers.
+        n_prefixes: secret prefixes of the causality check.
+        batch_tokens: tokens that M answers at a time.
+        seconds: deadline of the whole scoring.
+        peak_flops: FLOP/s that MFU is measured against; None where unknown.
+        verify_rate: whether the claimed token rate is bounded by the harness's own timing.
+    """
+
+    split: str
+    max_logits_bytes: int = 2 << 30
+    n_prefixes: int = 256
+    batch_tokens: int = 8192
+    seconds: float = 300.0
+    peak_flops: float | None = None
+    verify_rate: bool = True
+
+
+@dataclass(frozen=True)
+class SandboxSpec:
+    """Which sandbox a node shall build, and its options.
+
+    Attributes:
+        kind: "process" or "bubblewrap" (containers join later).
+        allow_untrusted: whether code not written by built-in edits may run in it.
+        uid: unprivileged user id of slot 0 where the harness runs as root; slot k gets uid + k.
+    """
+
+    kind: str
+    allow_untrusted: bool = False
+    uid: int = 64_000
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pure unit of the executor: train a genome in T, then score it with M and S.
+
+    Attributes:
+        job_id: unique within a run, the same in a resumed run; also the journal's key.
+        folder: where log, checkpoint and evaluation details are left, on a file system that
+            driver and node share.
+        secret: bytes from which S derives what a genome must not predict.
+        evaluation: None trains without scoring (smoke runs and re-timings).
+    """
+
+    job_id: str
+    individual_id: str
+    purpose: Purpose
+    genome: Genome
+    data: DataSpec
+    training: TrainingSpec
+    sandbox: SandboxSpec
+    evaluation: EvaluationSpec | None
+    secret: bytes
+    folder: Path
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What zone T left behind. Steps, tokens and loss are the genome's claims, not facts.
+
+    Attributes:
+        stopped_at_budget: the harness froze it at the budget and found a complete checkpoint.
+        startup_seconds: launch to ready signal.
+        training_seconds: ready signal to exit or freeze.
+        cpu_seconds: CPU time of the whole group.
+        run_delay_seconds: time that its threads stood runnable while others held the CPU.
+        log_tail: the end of what it printed, for repair and for people.
+        artefacts: folder holding model.safetensors, model.json and progress.jsonl; None unless OK.
+    """
+
+    status: Status
+    reason: Reason = Reason.NONE
+    message: str = ""
+    stopped_at_budget: bool = False
+    startup_seconds: float = 0.0
+    training_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    run_delay_seconds: float = 0.0
+    exit_code: int | None = None
+    steps_claimed: int | None = None
+    tokens_claimed: int | None = None
+    loss_claimed: float | None = None
+    log_tail: str = ""
+    log_truncated: bool = False
+    artefacts: Path | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the trusted scorer found.
+
+    Attributes:
+        metrics: deterministic metrics by name, such as val_perplexity, val_bpb, n_parameters.
+        rates: metrics that depend on measured time: mfu, mfu_claimed, tokens_per_second.
+        details: what the checks measured (causality differences, windows scored), for people.
+    """
+
+    status: Status
+    reason: Reason = Reason.NONE
+    message: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    startup_seconds: float = 0.0
+    scoring_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """A finished job: how training went and, if it left a model, what the scorer found."""
+
+    job_id: str
+    training: TrainingRun
+    evaluation: Evaluation | None = None
+    total_seconds: float = 0.0
+    contended: bool = False
+
+    @property
+    def outcome(self) -> TrainingRun | Evaluation:
+        """The stage that decides: the evaluation where there is one, else the training."""
+        return self.evaluation if self.evaluation is not None else self.training
+
+    @property
+    def overhead_seconds(self) -> float:
+        """What was neither start-up, training nor scoring."""
+        scored = self.evaluation
+        useful = self.training.startup_seconds + self.training.training_seconds
+        if scored is not None:
+            useful += scored.startup_seconds + scored.scoring_seconds
+        return max(0.0, self.total_seconds - useful)
+
+
+@dataclass(frozen=True)
+class Individual:
+    """An agent of the population, with everything that is known of it.
+
+    Attributes:
+        slot: its place within its generation; with the generation it fixes its random numbers.
+        parent_ids: the parent and, where two were crossed, the mate.
+        editor_id: the individual whose knowledge edited the parent's code; None for the base.
+        edits: the edits that lead from the base genome to this one.
+        attempts: trainings it took, repairs included (contended repeats are not counted).
+        fitness: higher is better; None where unknown.
+    """
+
+    individual_id: str
+    generation: int
+    slot: int
+    genome: Genome
+    parent_ids: tuple[str, ...] = ()
+    editor_id: str | None = None
+    edits: tuple[Edit, ...] = ()
+    n_new_edits: int = 0
+    summary: str = ""
+    status: Status = Status.OK
+    reason: Reason = Reason.NONE
+    message: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
+    fitness: float | None = None
+    attempts: int = 0
+    repaired: bool = False
+    contended: bool = False
+
+    @property
+    def is_ok(self) -> bool:
+        return self.status is Status.OK
+
+    def measured(self, name: str) -> float | None:
+        """Return a metric or rate by name, or None where it was not measured."""
+        return self.metrics.get(name, self.rates.get(name))
