@@ -83,6 +83,7 @@ class EditRequest:
         mate: second parent of a crossover, or None.
         lessons: what the editor's memory offers; empty when memory is off.
         objections: why earlier drafts for this same individual were turned down.
+        ordinal: how many individuals were requested before this one.
     """
 
     parent: Individual
@@ -90,13 +91,21 @@ class EditRequest:
     mate: Individual | None = None
     lessons: tuple[Lesson, ...] = ()
     objections: tuple[str, ...] = ()
+    ordinal: int = 0
 
 
 class Mutator(Protocol):
     """Rewrites a genome. Pure up to `rng` (and, for a model, the journaled exchange)."""
 
-    trusted: bool  # True only if every edit is this project's own code
-    max_drafts: int  # how often it may draft again after an objection
+    @property
+    def trusted(self) -> bool:
+        """Tell whether every edit is this project's own code."""
+        ...
+
+    @property
+    def max_drafts(self) -> int:
+        """Return how often it may draft for one individual, objections included."""
+        ...
 
     def propose(self, request: EditRequest, rng: Random) -> Proposal:
         """Return a rewritten genome.
@@ -216,7 +225,7 @@ class Sandboxed(Protocol):
 
 
 class Sandbox(Protocol):
-    """Runs untrusted programs of one slot. Every failure that is ours raises InfrastructureFailure."""
+    """Runs untrusted programs of one slot; what is our failure raises InfrastructureFailure."""
 
     name: str
 
@@ -251,9 +260,7 @@ class Evaluator(Protocol):
 class Selector(Protocol):
     """Chooses who lives on and who reproduces. Pure functions of their arguments."""
 
-    def survivors(
-        self, population: Sequence[Individual], n: int, rng: Random
-    ) -> list[Individual]:
+    def survivors(self, population: Sequence[Individual], n: int, rng: Random) -> list[Individual]:
         """Return at most n evaluated individuals, each at most once."""
         ...
 
@@ -282,8 +289,14 @@ class Executor(Protocol):
 class Memory(Protocol):
     """What one generation tells the next."""
 
+    problems: list[str]  # what could not be written, a sentence each
+
     def learn(self, lesson: Lesson) -> None:
-        """Take in an outcome: the child, its editor and its lineage know it from now on."""
+        """Take in an outcome; it can be recalled once its generation is closed."""
+        ...
+
+    def close_generation(self) -> None:
+        """Let what was learned since the last call be recalled; siblings learn nothing earlier."""
         ...
 
     def recall(self, parent: Individual, editor: Individual) -> tuple[Lesson, ...]:

@@ -1,0 +1,52 @@
+# Everything a user or a developer types. `make help` lists it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-fast check format bench ui clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*?## "} {printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready ## make .venv with everything in it, and the default data set
+	@$(BIN)/python -m data shakespeare --fallback stdlib
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "DARWIN needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try: make PYTHON=python3.11 setup"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "Python's venv module is missing; on Debian: apt-get install python3-venv"; exit 2; }
+	@echo "Installing into $(VENV); the first time takes a few minutes."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
+	@touch $@
+
+run: setup ## evolve the default trainer for a few minutes
+	$(BIN)/python -m darwin_exp +experiment=baseline
+
+test: setup ## run the whole suite
+	$(PYTEST)
+
+test-fast: setup ## run what needs neither long training nor a browser
+	$(PYTEST) -m "not slow and not browser"
+
+check: setup ## formatter, linter, types and the import contract
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## put the code into shape
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup ## run the benchmarks and print their table
+	$(PYTEST) tests/benchmarks --benchmark-only
+
+ui: setup ## the MLflow UI on this checkout's runs, at http://127.0.0.1:5000
+	@mkdir -p runs
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.sqlite --default-artifact-root $(CURDIR)/runs/mlartifacts --host 127.0.0.1 --port 5000
+
+clean: ## remove caches and the environment; runs and data stay
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,149 @@
+"""Bounds a candidate's claimed token rate by timing its saved model.
+
+Reads: claims of the training run, and how long a model server takes to answer.
+Writes: nothing.
+Never: uses a clock that candidate code can reach.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from darwin_exp.evaluation.checkpoint import Checkpoint
+from darwin_exp.evaluation.exchange import ModelServer, Refused
+from darwin_exp.evaluation.integrity import secret_generator
+from darwin_exp.evaluation.mfu import Uses, flops_per_token
+from darwin_exp.individual import Job, TrainingRun
+
+# Training also steps the optimizer and reads data, so this much is never taken from honest code.
+ALLOWANCE = 1.1
+TOKENS_PER_BATCH = {"cpu": (512, 2048, 8192), "cuda": (8192, 32_768, 131_072)}
+TIMED_SECONDS = 0.2  # of passes per reading
+MAX_STEPS = 200
+EAGER_SECONDS = 20.0
+COMPILED_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a candidate trained: what it claims, and what is believed.
+
+    Attributes:
+        claimed: tokens per second by its own count and the harness's clock; None without a count.
+        bound: 1.1 times the fastest forward and backward pass that was timed; None where none was.
+        flops: FLOPs per token by the rule of `mfu`; None where it could not be found out.
+        peak_flops: FLOP/s that MFU is measured against.
+        note: what could not be measured, and why.
+    """
+
+    claimed: float | None = None
+    bound: float | None = None
+    verified: bool = True
+    flops: float | None = None
+    peak_flops: float | None = None
+    note: str = ""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        if self.claimed is None or not self.verified:
+            return self.claimed
+        return None if self.bound is None else min(self.claimed, self.bound)
+
+    def rates(self) -> dict[str, float]:
+        """Return tokens_per_second, mfu and mfu_claimed, as far as they are known."""
+        rates: dict[str, float] = {}
+        believed = self.tokens_per_second
+        if believed is not None:
+            rates["tokens_per_second"] = believed
+        if self.flops is not None and self.peak_flops is not None:
+            if believed is not None:
+                rates["mfu"] = believed * self.flops / self.peak_flops
+            if self.claimed is not None:
+                rates["mfu_claimed"] = self.claimed * self.flops / self.peak_flops
+        return rates
+
+    def details(self) -> dict[str, Any]:
+        return {
+            "tokens_per_second_claimed": self.claimed,
+            "tokens_per_second_bound": self.bound,
+            "flops_per_token": self.flops,
+            "peak_flops": self.peak_flops,
+            "note": self.note,
+        }
+
+
+def measure_speed(
+    server: ModelServer, job: Job, training: TrainingRun, checkpoint: Checkpoint, deadline: float
+) -> Speed:
+    """Find out FLOPs per token and whether the claimed rate is within reach of the saved model.
+
+    All logits are served by now: a model that fails here keeps its score and has no MFU.
+    """
+    spec = job.evaluation
+    assert spec is not None
+    if training.tokens_claimed is None or training.training_seconds <= 0:
+        return Speed(note="the run left no count of its tokens")
+    claimed = training.tokens_claimed / training.training_seconds
+    rng = secret_generator(job.secret, "speed")
+    T, V = job.training.context_length, job.data.vocab_size
+    flops, note = None, ""
+    try:
+        tokens = rng.integers(V, size=(1, T), dtype=np.int32)
+        flops = flops_per_token(checkpoint.tensors, Uses.parse(server.uses(tokens), T))
+    except (Refused, ValueError) as error:
+        note = f"FLOPs per token are unknown: {error}"
+    bound = None
+    if spec.verify_rate:
+        bound = _bound(server, job, claimed, rng, deadline)
+    return Speed(claimed, bound, spec.verify_rate, flops, spec.peak_flops, note)
+
+
+def _bound(
+    server: ModelServer, job: Job, claimed: float, rng: np.random.Generator, deadline: float
+) -> float | None:
+    """Return 1.1 times the fastest rate found; stop as soon as that covers the claim.
+
+    The result of min(claim, bound) is then the claim, however fast the rest would have been.
+    """
+    T, V = job.training.context_length, job.data.vocab_size
+    best = 0.0
+    for n_tokens, bfloat16, compiled, stop in _ways(job.training.device, deadline):
+        if server.lost or time.monotonic() >= stop:
+            continue
+        B = max(1, n_tokens // T)
+        tokens = rng.integers(V, size=(B, T), dtype=np.int32)
+        steps = 1
+        try:
+            # The first passes warm up, and say how many make a reading.
+            for _ in range(2):
+                seconds = server.seconds_for(tokens, steps, bfloat16, compiled, stop)
+                best = max(best, ALLOWANCE * steps * B * T / max(seconds, 1e-9))
+                if best >= claimed:
+                    return best
+                steps = max(1, min(MAX_STEPS, math.ceil(TIMED_SECONDS * steps / seconds)))
+        except Refused:
+            continue  # this way of running it does not work here
+    return best or None
+
+
+def _ways(device: str, deadline: float) -> Iterator[tuple[int, bool, bool, float]]:
+    """Yield (tokens per batch, bfloat16, compiled, when to stop), the likeliest fastest first.
+
+    Everything eager comes twice, because another slot may just have had the machine's attention.
+    """
+    sizes, start = TOKENS_PER_BATCH[device], time.monotonic()
+    precisions = (False, True) if device == "cpu" else (True, False)
+    for _ in range(2):
+        for bfloat16 in precisions:
+            for n_tokens in sizes:
+                yield n_tokens, bfloat16, False, min(deadline, start + EAGER_SECONDS)
+    start = time.monotonic()
+    for bfloat16 in precisions:
+        for n_tokens in sizes:
+            yield n_tokens, bfloat16, True, min(deadline, start + COMPILED_SECONDS)

@@ -1,0 +1,262 @@
+"""Scores a trained model on held-out text, in a process where no byte of a genome ever runs.
+
+Reads: held_out/<split>.bin, token_byte_lengths.npy, a collected checkpoint, the logits that two
+fresh model servers answer with.
+Writes: nothing; it returns an Evaluation.
+Never: imports or unpickles anything of a candidate, lets it see a target, or takes its word for
+a metric.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darwin_exp.evaluation.checkpoint import Checkpoint, CheckpointRefused, read_checkpoint
+from darwin_exp.evaluation.exchange import ModelServer, Refused
+from darwin_exp.evaluation.integrity import (
+    Nats,
+    Schedule,
+    Tokens,
+    check_alone,
+    check_causality,
+    check_repeats,
+    draw_prefixes,
+    secret_generator,
+)
+from darwin_exp.evaluation.rate import Speed, measure_speed
+from darwin_exp.individual import DataSpec, Evaluation, Job, Reason, Status, TrainingRun
+from darwin_exp.protocols import InfrastructureFailure, Sandbox
+
+# Below this nobody's language model predicts text, least of all one trained for seconds: the
+# strongest published ones need more than 0.5 bits per byte of English.
+PLAUSIBLE_BPB = 0.3
+N_ALONE = 2  # windows that are also sent as a batch of one
+MAX_BATCH_BYTES = 256 << 20  # float32 logits that are held at a time
+CHUNK_ELEMENTS = 32_768  # float64 numbers of the softmax that fit the second-level cache
+
+
+class Scorer:
+    """The Evaluator: two fresh model servers, held-out tokens, and arithmetic of its own."""
+
+    def evaluate(self, job: Job, training: TrainingRun, sandbox: Sandbox) -> Evaluation:
+        """Return perplexity, bits per byte and speed of a trained model, or a typed refusal.
+
+        Metrics are named by the split: `val_perplexity`, `val_bpb` (bits per byte of raw text) and
+        `val_nats` (per token); `n_parameters` is read from the checkpoint.
+
+        Raises:
+            InfrastructureFailure: the scoring itself could not be carried out.
+        """
+        if job.evaluation is None or training.artefacts is None:
+            raise InfrastructureFailure("there is nothing to score: no evaluation or no artefacts")
+        times = _Times()
+        details: dict[str, Any] = {}
+        try:
+            return self._score(job, training, training.artefacts, sandbox, times, details)
+        except Refused as refusal:
+            return Evaluation(
+                refusal.status,
+                refusal.reason,
+                str(refusal),
+                details=details,
+                startup_seconds=times.startup_seconds,
+                scoring_seconds=times.scoring_seconds,
+            )
+
+    def _score(
+        self,
+        job: Job,
+        training: TrainingRun,
+        artefacts: Path,
+        sandbox: Sandbox,
+        times: _Times,
+        details: dict[str, Any],
+    ) -> Evaluation:
+        spec = job.evaluation
+        assert spec is not None
+        deadline = time.monotonic() + spec.seconds
+        T, V = job.training.context_length, job.data.vocab_size
+        checkpoint = _checkpoint(artefacts, job.training.file_mb << 20)
+
+        window_bytes = 4 * T * V
+        rows = max(1, min(spec.batch_tokens // T, MAX_BATCH_BYTES // window_bytes))
+        windows, n_available = sample_windows(
+            job.data, spec.split, T, max(1, spec.max_logits_bytes // window_bytes)
+        )
+        schedule = Schedule.draw(len(windows), rows, secret_generator(job.secret, "order"))
+        prefixes = draw_prefixes(
+            windows, schedule, spec.n_prefixes, V, secret_generator(job.secret, "prefixes")
+        )
+        details |= {
+            "split": spec.split,
+            "windows": len(windows),
+            "windows_available": n_available,
+            "context_length": T,
+            "prefixes": prefixes.n,
+            "checkpoint_bytes": checkpoint.n_bytes,
+        }
+
+        prefix_nats = np.empty(prefixes.tokens.shape)
+        if prefixes.n:
+            with times.of(ModelServer(job, artefacts, sandbox, "model", deadline)) as server:
+                targets = windows[prefixes.windows, 1:]
+                answers = server.logits(prefixes.tokens)
+                for batch, logits in enumerate(answers):
+                    prefix_nats[batch] = negative_log_likelihood(logits, targets[batch])
+
+        with times.of(ModelServer(job, artefacts, sandbox, "model", deadline)) as server:
+            full_nats = np.empty((*schedule.windows.shape, T))
+            answers = server.logits(windows[batch, :-1] for batch in schedule.windows)
+            for batch, logits in enumerate(answers):
+                full_nats[batch] = negative_log_likelihood(
+                    logits, windows[schedule.windows[batch], 1:]
+                )
+            nats = schedule.by_window(full_nats)  # (n_windows, T)
+            alone = schedule.windows[-1, :N_ALONE]
+            alone_nats = np.empty((len(alone), T))
+            for i, logits in enumerate(server.logits(windows[[w], :-1] for w in alone)):
+                alone_nats[i] = negative_log_likelihood(logits, windows[[alone[i]], 1:])[0]
+
+            details["causality"] = asdict(check_causality(prefixes, prefix_nats, full_nats))
+            details["repeats"] = asdict(check_repeats(schedule, full_nats))
+            details["alone"] = asdict(check_alone(nats[alone], alone_nats))
+            metrics = _metrics(job.data, spec.split, windows, nats)
+            metrics["n_parameters"] = float(checkpoint.n_parameters)
+            speed = measure_speed(server, job, training, checkpoint, deadline)
+
+        details["speed"] = speed.details()
+        status, reason, message = _plausible(spec.split, metrics, speed)
+        return Evaluation(
+            status,
+            reason,
+            message,
+            metrics=metrics,
+            rates=speed.rates(),
+            details=details,
+            startup_seconds=times.startup_seconds,
+            scoring_seconds=times.scoring_seconds,
+        )
+
+
+@dataclass
+class _Times:
+    """Adds up the start-up of every model server, and what followed until its last answer."""
+
+    startup_seconds: float = 0.0
+    scoring_seconds: float = field(default=0.0)
+
+    @contextmanager
+    def of(self, server: ModelServer) -> Iterator[ModelServer]:
+        with server:
+            self.startup_seconds += server.startup_seconds
+            try:
+                yield server
+            finally:
+                self.scoring_seconds += time.monotonic() - server.ready_at
+
+
+def sample_windows(
+    data: DataSpec, split: str, context_length: int, at_most: int
+) -> tuple[Tokens, int]:
+    """Cut a split into windows and return them, or a fixed sample, and how many there are.
+
+    Windows do not overlap: each holds `context_length` inputs and the token after them, which is
+    the next window's first input, so that every target is scored once. The sample depends on
+    data, split and length alone: all individuals of an environment are scored on the same text.
+
+    Returns:
+        Windows (n, context_length + 1) in the order of the text, and the number in the split.
+
+    Raises:
+        InfrastructureFailure: the split cannot be read, or is shorter than one window.
+    """
+    T = context_length
+    path = data.folder / "held_out" / f"{split}.bin"
+    try:
+        tokens = np.fromfile(path, dtype=f"<u{data.token_bytes}")
+    except OSError as error:
+        raise InfrastructureFailure(f"{path}: {error.strerror}") from error
+    n_windows = (len(tokens) - 1) // T
+    if n_windows < 1:
+        raise InfrastructureFailure(f"{path} holds {len(tokens)} tokens; one window takes {T + 1}")
+    if tokens.max() >= data.vocab_size:
+        raise InfrastructureFailure(f"{path} holds token {tokens.max()} of {data.vocab_size}")
+    chosen = np.arange(n_windows)
+    if n_windows > at_most:
+        key = f"{data.content_hash} {split} {T}".encode()
+        rng = np.random.default_rng(int.from_bytes(hashlib.sha256(key).digest(), "big"))
+        chosen = np.sort(rng.choice(n_windows, size=at_most, replace=False))
+    places = chosen[:, None] * T + np.arange(T + 1)
+    return tokens[places].astype(np.int32), n_windows
+
+
+def negative_log_likelihood(
+    logits: NDArray[np.float32], targets: NDArray[np.int32]
+) -> NDArray[np.float64]:
+    """Return what each target costs in nats (B, T) under logits (B, T, V), in double precision.
+
+    Raises:
+        Refused: NONFINITE if a logit is infinite or not a number.
+    """
+    V = logits.shape[-1]
+    rows, wanted = logits.reshape(-1, V), targets.ravel()
+    nats = np.empty(len(rows))
+    n = max(1, CHUNK_ELEMENTS // V)
+    buffer, index = np.empty((n, V)), np.arange(n)
+    for start in range(0, len(rows), n):
+        chunk = rows[start : start + n]
+        if not np.isfinite(chunk).all():
+            raise Refused(
+                Status.REJECTED, Reason.NONFINITE, "the model answered with logits not all finite"
+            )
+        x = buffer[: len(chunk)]
+        np.subtract(chunk, chunk.max(axis=1, keepdims=True), out=x, dtype=np.float64)
+        at_target = x[index[: len(chunk)], wanted[start : start + n]]
+        np.exp(x, out=x)
+        nats[start : start + n] = np.log(x.sum(axis=1)) - at_target
+    return nats.reshape(targets.shape)
+
+
+def _checkpoint(artefacts: Path, max_bytes: int) -> Checkpoint:
+    try:
+        return read_checkpoint(artefacts / "model.safetensors", max_bytes)
+    except CheckpointRefused as refusal:
+        raise Refused(Status.REJECTED, refusal.reason, str(refusal)) from None
+
+
+def _metrics(data: DataSpec, split: str, windows: Tokens, nats: Nats) -> dict[str, float]:
+    """Return what the targets cost, per token and per byte of the raw text that they stand for."""
+    lengths = np.load(data.folder / "token_byte_lengths.npy", allow_pickle=False)
+    n_bytes = int(lengths[windows[:, 1:]].sum(dtype=np.int64))
+    if len(lengths) != data.vocab_size or n_bytes <= 0:
+        raise InfrastructureFailure(f"{data.folder}: token_byte_lengths.npy does not fit the data")
+    total = math.fsum(nats.sum(axis=1))
+    mean = total / nats.size
+    return {
+        # Whoever is this bad (a thousand nats a token) is not told apart from the even worse.
+        f"{split}_perplexity": math.exp(min(mean, 700.0)),
+        f"{split}_bpb": total / math.log(2) / n_bytes,
+        f"{split}_nats": mean,
+    }
+
+
+def _plausible(split: str, metrics: dict[str, float], speed: Speed) -> tuple[Status, Reason, str]:
+    """Quarantine what is too good to be true: some check of ours has been got around."""
+    bpb, mfu = metrics[f"{split}_bpb"], speed.rates().get("mfu")
+    if bpb < PLAUSIBLE_BPB:
+        message = f"{bpb:.3f} bits per byte is not plausible (below {PLAUSIBLE_BPB})"
+        return Status.QUARANTINED, Reason.IMPLAUSIBLE, message
+    if mfu is not None and mfu > 1.0:
+        message = f"an MFU of {mfu:.2f} is above what the hardware can do"
+        return Status.QUARANTINED, Reason.IMPLAUSIBLE, message
+    return Status.OK, Reason.NONE, ""

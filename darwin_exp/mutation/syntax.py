@@ -1,0 +1,161 @@
+"""Small questions about syntax trees, and the one way in which they are changed.
+
+Reads: nodes of a libcst tree.
+Writes: new nodes; a tree is never changed in place.
+Never: knows what an edit is for.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Collection
+from typing import TypeGuard, cast
+
+import libcst as cst
+
+Changed = cst.CSTNode | cst.RemovalSentinel | cst.FlattenSentinel[cst.BaseStatement]
+Change = Callable[[cst.CSTNode, cst.CSTNode], Changed]
+
+
+# Where nothing is ever looked for: most of a tree is layout, and skipping it saves most of the time.
+_LAYOUT = (cst.BaseParenthesizableWhitespace, cst.TrailingWhitespace, cst.EmptyLine, cst.Comma)
+
+
+def walk(node: cst.CSTNode) -> list[cst.CSTNode]:
+    """Return a node and all below it but layout, outermost first and otherwise as written."""
+    found = [node]
+    for name in node.__dataclass_fields__:
+        value = getattr(node, name)
+        for child in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(child, cst.CSTNode) and not isinstance(child, _LAYOUT):
+                found += walk(child)
+    return found
+
+
+def changed(node: cst.CSTNode, change: Change) -> Changed:
+    """Return a tree in which every node but layout was handed to `change`, children first.
+
+    `change` gets the node as it was and as its children's changes left it; it returns what
+    shall stand there. Only a statement may be removed or become several.
+    """
+    new: dict[str, object] = {}
+    for name in node.__dataclass_fields__:
+        value = getattr(node, name)
+        if isinstance(value, list | tuple):
+            children = [part for child in value for part in _parts(child, change)]
+            if len(children) != len(value) or any(a is not b for a, b in zip(children, value)):  # noqa: B905
+                new[name] = children
+        elif isinstance(value, cst.CSTNode):
+            (child,) = _parts(value, change)
+            if child is not value:
+                new[name] = child
+    return change(node, node.with_changes(**new) if new else node)
+
+
+def _parts(child: object, change: Change) -> list[object]:
+    if not isinstance(child, cst.CSTNode) or isinstance(child, _LAYOUT):
+        return [child]
+    result = changed(child, change)
+    if isinstance(result, cst.RemovalSentinel):
+        return []
+    return list(result) if isinstance(result, cst.FlattenSentinel) else [result]
+
+
+def source_of(node: cst.CSTNode) -> str:
+    return cst.Module([]).code_for_node(node)
+
+
+def last_name(node: cst.CSTNode) -> str | None:
+    if isinstance(node, cst.Attribute):
+        return node.attr.value
+    return node.value if isinstance(node, cst.Name) else None
+
+
+def is_self(node: cst.CSTNode) -> bool:
+    return isinstance(node, cst.Name) and node.value == "self"
+
+
+def own_call(node: cst.CSTNode) -> str | None:
+    """Return X if a node is a call `self.X(...)`."""
+    if isinstance(node, cst.Call) and isinstance(node.func, cst.Attribute):
+        return node.func.attr.value if is_self(node.func.value) else None
+    return None
+
+
+def has_argument(node: cst.CSTNode, name: str) -> bool:
+    return isinstance(node, cst.Call) and any(
+        isinstance(argument.value, cst.Name) and argument.value.value == name
+        for argument in node.args
+    )
+
+
+def calls(root: cst.CSTNode, callees: Collection[str]) -> list[cst.Call]:
+    return [
+        node
+        for node in walk(root)
+        if isinstance(node, cst.Call) and last_name(node.func) in callees
+    ]
+
+
+def sole_target(node: cst.CSTNode) -> cst.BaseExpression | None:
+    """Return what a line assigns to, if all it does is assign to one thing."""
+    if not isinstance(node, cst.SimpleStatementLine) or len(node.body) != 1:
+        return None
+    statement = node.body[0]
+    if isinstance(statement, cst.AnnAssign):
+        return statement.target
+    if isinstance(statement, cst.Assign) and len(statement.targets) == 1:
+        return statement.targets[0].target
+    return None
+
+
+def is_definition(node: cst.CSTNode, name: str) -> bool:
+    return isinstance(node, cst.ClassDef | cst.FunctionDef) and node.name.value == name
+
+
+def has_comment(node: cst.CSTNode) -> bool:
+    lines = getattr(node, "leading_lines", ())
+    return any(line.comment is not None for line in lines)
+
+
+def import_order(source: str) -> tuple[bool, str]:
+    source = source.strip()
+    return source.startswith("from"), source
+
+
+def is_import(node: cst.CSTNode) -> bool:
+    return isinstance(node, cst.SimpleStatementLine) and isinstance(
+        node.body[0], cst.Import | cst.ImportFrom
+    )
+
+
+def argument_of_one_plus_cosine(node: cst.BinaryOperation) -> cst.BaseExpression | None:
+    """Return x of `1 + cos(pi * x)`, whichever way round it is written."""
+    if not isinstance(node.operator, cst.Add):
+        return None
+    for one, cosine in ((node.left, node.right), (node.right, node.left)):
+        if not (is_number(one, 1) and cosine in calls(cosine, ["cos"])):
+            continue
+        product = cast(cst.Call, cosine).args[0].value
+        if is_product(product):
+            for pi, x in ((product.left, product.right), (product.right, product.left)):
+                if last_name(pi) == "pi":
+                    return x
+    return None
+
+
+def is_product(node: cst.CSTNode) -> TypeGuard[cst.BinaryOperation]:
+    return isinstance(node, cst.BinaryOperation) and isinstance(node.operator, cst.Multiply)
+
+
+def is_number(node: cst.CSTNode, value: float) -> bool:
+    return isinstance(node, cst.Integer | cst.Float) and node.evaluated_value == value
+
+
+def statements(source: str) -> list[cst.SimpleStatementLine | cst.BaseCompoundStatement]:
+    parsed = cst.parse_module(textwrap.dedent(source).strip() + "\n")
+    first, *rest = cast(
+        "list[cst.SimpleStatementLine | cst.BaseCompoundStatement]", list(parsed.body)
+    )
+    # A comment at the very top belongs to the module's header; give it to the first statement.
+    return [first.with_changes(leading_lines=[*parsed.header, *first.leading_lines]), *rest]

@@ -1,0 +1,391 @@
+"""The workshop: turns a typed configuration into the parts of a run, and checks that they fit.
+
+Reads: the configuration, the base genome, the prepared data, this machine.
+Writes: nothing of a run; preparing data and measuring the machine's peak fill their own caches.
+Raises: ConfigError, before anything of the run is on disk, for whatever could not work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from darwin_exp import config as schema
+from darwin_exp import execution
+from darwin_exp.config import PROJECT, ConfigError, DarwinConfig
+from darwin_exp.evolution import Plan
+from darwin_exp.fitness import Fitness, MfuFitness, PerplexityFitness, WeightedFitness
+from darwin_exp.individual import (
+    DataSpec,
+    EvaluationSpec,
+    Genome,
+    SandboxSpec,
+    TrainingSpec,
+)
+from darwin_exp.memory import JsonMemory, NoMemory, load_library
+from darwin_exp.protocols import Executor, Lesson, Memory, Mutator, SandboxUnavailable, Selector
+from darwin_exp.selection import NSGA2, RandomSelection, Roulette, Tournament, Truncation
+from data import DataError, DatasetRequest, DataUnavailable, prepare, read_meta, verify
+
+Announce = Callable[[str], None]
+MOST_SLOTS_BY_DEFAULT = 2
+
+
+def folder(path: str) -> Path:
+    """Return a configured folder; relative ones lie in the checkout, wherever one runs from."""
+    return (PROJECT / path).resolve()
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What a run needs of its surroundings, checked and ready.
+
+    Attributes:
+        config: as it will run: fallbacks and automatic choices are filled in.
+        environment: what scores depend on beside the genome.
+    """
+
+    config: DarwinConfig
+    base: Genome
+    data: DataSpec
+    mutator: Mutator
+    slots: list[tuple[int, ...]]
+    environment: dict[str, Any]
+
+    @property
+    def environment_id(self) -> str:
+        """Twelve digits; individuals are compared only where they are equal."""
+        text = json.dumps(self.environment, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def prepare_workshop(
+    config: DarwinConfig, announce: Announce, base: Genome | None = None, may_fall_back: bool = True
+) -> Workshop:
+    """Check everything that a run needs before it begins.
+
+    Args:
+        base: the recorded base genome of a resumed run; None reads genome.dir.
+        may_fall_back: whether another data set or sandbox may stand in, loudly. Never on resume
+            or in a sweep, where it would mix what cannot be compared.
+
+    Raises:
+        ConfigError: names the key or file, and the cure.
+    """
+    _check_folders(config)
+    mutator = build_mutator(config.mutator)
+    if config.workers is None:
+        cores = len(os.sched_getaffinity(0))
+        config.workers = max(1, min(MOST_SLOTS_BY_DEFAULT, cores // config.sandbox.threads))
+    if config.executor.name == "serial":
+        config.workers = 1
+    try:
+        slots = execution.slots(config.workers, config.sandbox.threads)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    _check_device(config.sandbox)
+    _choose_sandbox(config, announce, mutator.trusted)
+    genome = base or base_genome(config)
+    data = _prepare_data(config, announce, may_fall_back)
+    return Workshop(config, genome, data, mutator, slots, _environment(config, data))
+
+
+def base_genome(config: DarwinConfig) -> Genome:
+    """Read genome.dir and give it the trainer's settings, unless it brings its own.
+
+    Raises:
+        ConfigError: it is no genome.
+    """
+    path = Path(config.genome.dir).expanduser()
+    if not path.is_absolute() and not path.is_dir():
+        path = PROJECT / path
+    try:
+        genome = Genome.from_folder(path)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    if "settings.json" in genome.as_dict:
+        return genome
+    text = json.dumps(config.trainer.settings, indent=2) + "\n"
+    return genome.with_files({"settings.json": text})
+
+
+def build_mutator(chosen: schema.MutatorConfig) -> Mutator:
+    """Make the mutator that was chosen.
+
+    Raises:
+        ConfigError: its settings or its file do not fit.
+    """
+    from darwin_exp.mutation import NoMutation, Operators, Scripted
+
+    if isinstance(chosen, schema.OperatorsConfig):
+        fewest, most = chosen.edits_per_child
+        return Operators((fewest, most), chosen.max_drafts)
+    if isinstance(chosen, schema.ScriptedConfig):
+        try:
+            return Scripted.from_file(Path(chosen.file).expanduser())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"mutator.file: {error}") from error
+    return NoMutation()
+
+
+def build_selector(chosen: schema.SelectionConfig) -> Selector:
+    """Make the selection strategy that was chosen; a new one is added here and in conf/."""
+    if isinstance(chosen, schema.TournamentConfig):
+        return Tournament(size=chosen.size, elitism=chosen.elitism)
+    if isinstance(chosen, schema.Nsga2Config):
+        return NSGA2(objectives=tuple(chosen.objectives), elitism=chosen.elitism)
+    if chosen.name == "roulette":
+        return Roulette(elitism=chosen.elitism)
+    if chosen.name == "random":
+        return RandomSelection(elitism=chosen.elitism)
+    return Truncation(elitism=chosen.elitism)
+
+
+def build_fitness(chosen: schema.FitnessConfig) -> Fitness:
+    """Make the fitness that was chosen.
+
+    Raises:
+        ConfigError: its weights do not fit.
+    """
+    if isinstance(chosen, schema.WeightedConfig):
+        try:
+            return WeightedFitness(chosen.perplexity_weight, chosen.mfu_weight)
+        except ValueError as error:
+            raise ConfigError(f"fitness: {error}") from error
+    return MfuFitness() if chosen.name == "mfu" else PerplexityFitness()
+
+
+def build_memory(config: DarwinConfig, run_id: str) -> Memory:
+    """Make the memory that was chosen.
+
+    Raises:
+        ConfigError: its settings do not fit.
+    """
+    chosen = config.memory
+    if not isinstance(chosen, schema.JsonMemoryConfig):
+        return NoMemory()
+    root = folder(config.paths.memory)
+    problems: list[str] = []
+    library: tuple[Lesson, ...] = ()
+    if chosen.scope is schema.Scope.library:
+        library = load_library(root, run_id, problems)
+    try:
+        memory = JsonMemory(root / run_id, chosen.scope.value, chosen.capacity, library)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    memory.problems += problems
+    return memory
+
+
+def build_executor(workshop: Workshop, watch: Callable[[int, str], None]) -> Executor:
+    """Make the executor that was chosen, with its slots."""
+    config = workshop.config
+    # Held-out text, other runs and their keys are hidden from candidates where the sandbox can.
+    hidden = tuple(folder(p) for p in (config.paths.data, config.paths.runs, config.paths.memory))
+    if config.executor.name == "serial":
+        return execution.SerialExecutor(workshop.slots[0], hidden, watch)
+    return execution.ThreadsExecutor(workshop.slots, hidden, watch)
+
+
+def build_plan(config: DarwinConfig, data: DataSpec) -> Plan:
+    """Return the numbers of a run."""
+    crossover = config.crossover
+    return Plan(
+        seed=config.seed,
+        population_size=config.population_size,
+        n_survivors=config.n_survivors,
+        n_generations=config.n_generations,
+        reject_duplicates=config.dedup is schema.Dedup.reject,
+        keep_all_checkpoints=config.keep is schema.Keep.all,
+        max_hours=config.max_hours,
+        stagnation_generations=config.stagnation_generations,
+        pair_with_peers=config.pairing.name == "peers",
+        crossover_probability=(
+            crossover.probability if isinstance(crossover, schema.MergeConfig) else 0.0
+        ),
+        max_repairs=config.repair.max_attempts,
+        n_base_repeats=config.base.n_repeats,
+        n_claim_seeds=config.promotion.n_seeds,
+        has_test=read_meta(data.folder).splits["test"].tokens > config.trainer.context_length,
+    )
+
+
+def build_specs(
+    config: DarwinConfig, peak_flops: float | None
+) -> tuple[TrainingSpec, EvaluationSpec, SandboxSpec]:
+    """Return how every genome of this environment is trained, scored and contained."""
+    box = config.sandbox
+    training = TrainingSpec(
+        budget_seconds=config.budget_seconds,
+        max_steps=config.max_steps,
+        seed=0,  # every trial gets its own
+        context_length=config.trainer.context_length,
+        device=box.device,
+        threads=box.threads,
+        startup_seconds=box.startup_seconds,
+        memory_mb=box.memory_mb,
+        file_mb=box.file_mb,
+        max_processes=box.max_processes,
+    )
+    evaluation = EvaluationSpec(
+        split="val",
+        max_logits_bytes=config.eval.max_logits_bytes,
+        n_prefixes=config.eval.n_prefixes,
+        batch_tokens=config.eval.batch_tokens,
+        seconds=config.eval.seconds,
+        peak_flops=peak_flops,
+    )
+    return training, evaluation, SandboxSpec(box.name, box.allow_untrusted, box.uid)
+
+
+def measure_peak(workshop: Workshop, announce: Announce) -> float | None:
+    """Return the FLOP/s that MFU is measured against on this machine; None where unknown."""
+    from darwin_exp.evaluation.mfu import load_or_measure_peak
+
+    box = workshop.config.sandbox
+    cache = folder(workshop.config.paths.runs) / ".peaks"
+    try:
+        peak = load_or_measure_peak(cache, box.threads, workshop.slots, box.device)
+    except (OSError, RuntimeError) as error:
+        announce(f"MFU is left out: the machine's peak could not be measured ({error})")
+        return None
+    return None if peak is None else peak.flops
+
+
+# --- what could not work -------------------------------------------------------------------------
+
+
+def _check_folders(config: DarwinConfig) -> None:
+    for key, path in (("paths.runs", config.paths.runs), ("paths.memory", config.paths.memory)):
+        place = folder(path)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            probe = place / f".writable-{os.getpid()}"
+            probe.write_bytes(b"x")
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"{key}: {place} cannot be written ({error.strerror}); choose another folder with "
+                f"{key}=FOLDER"
+            ) from error
+
+
+def _check_device(box: schema.SandboxConfig) -> None:
+    if box.device != "cuda":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "sandbox.device=cuda: torch finds no CUDA device here; use sandbox.device=cpu, or "
+            "install a CUDA build of torch"
+        )
+
+
+def _choose_sandbox(config: DarwinConfig, announce: Announce, trusted: bool) -> None:
+    """Resolve sandbox=auto, and refuse a sandbox that is absent or too weak for the code."""
+    from darwin_exp.sandbox.bubblewrap import BubblewrapSandbox
+    from darwin_exp.sandbox.process import ProcessSandbox
+
+    box = config.sandbox
+    if box.name == "auto":
+        try:
+            BubblewrapSandbox.check()
+            box.name = "bubblewrap"
+            announce("sandbox: bubblewrap (no network, read-only system)")
+        except SandboxUnavailable as missing:
+            box.name = "process"
+            announce(f"sandbox: process, for careless code only. Stronger: {missing}")
+    try:
+        (BubblewrapSandbox if box.name == "bubblewrap" else ProcessSandbox).check()
+    except SandboxUnavailable as missing:
+        raise ConfigError(f"sandbox={box.name}: {missing}") from missing
+    if box.name == "process" and not trusted and not box.allow_untrusted:
+        raise ConfigError(
+            "sandbox=process does not contain code of unknown origin, and this mutator brings "
+            "some; use sandbox=bubblewrap, or say sandbox.allow_untrusted=true"
+        )
+
+
+def _prepare_data(config: DarwinConfig, announce: Announce, may_fall_back: bool) -> DataSpec:
+    try:
+        data = prepare(_request(config), announce)
+    except DataUnavailable as missing:
+        if not may_fall_back:
+            raise ConfigError(f"dataset={config.dataset.name}: {missing}") from missing
+        announce(
+            f"dataset: {config.dataset.name} cannot be had ({missing}). Going on with "
+            "dataset=stdlib, Python's own sources; its perplexities are not Shakespeare's"
+        )
+        config.dataset.name = "stdlib"
+        config.dataset.tokenizer = schema.Tokenizer.bytes
+        data = _or_refuse(lambda: prepare(_request(config), announce))
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+    _or_refuse(lambda: verify(data))
+    return data
+
+
+def _or_refuse(step: Callable[[], Any]) -> Any:
+    try:
+        return step()
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _request(config: DarwinConfig) -> DatasetRequest:
+    chosen = config.dataset
+    train, val, gate, test = chosen.splits
+    return DatasetRequest(
+        name=chosen.name,
+        tokenizer=chosen.tokenizer.value,
+        path=None if chosen.path is None else Path(chosen.path).expanduser(),
+        splits=(train, val, gate, test),
+        dedup_blocks=chosen.dedup_blocks,
+        max_overlap=chosen.max_overlap,
+        context_length=config.trainer.context_length,
+        options=chosen.options,
+        root=folder(config.paths.data),
+    )
+
+
+def _environment(config: DarwinConfig, data: DataSpec) -> dict[str, Any]:
+    return {
+        "data": data.content_hash,
+        "context_length": config.trainer.context_length,
+        "budget_seconds": config.budget_seconds,
+        "max_steps": config.max_steps,
+        "device": config.sandbox.device,
+        "threads": config.sandbox.threads,
+        "sandbox": config.sandbox.name,
+        "max_logits_bytes": config.eval.max_logits_bytes,
+        "n_prefixes": config.eval.n_prefixes,
+        "scorer": _hash_of_sources(PROJECT / "darwin_exp" / "evaluation"),
+        "torch": version("torch"),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()} {_cpu_model()}",
+    }
+
+
+def _hash_of_sources(package: Path) -> str:
+    hasher = hashlib.sha256()
+    for path in sorted(package.glob("*.py")):
+        hasher.update(path.name.encode() + b"\0" + path.read_bytes())
+    return hasher.hexdigest()[:12]
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor()

@@ -1,0 +1,394 @@
+"""One run: its folder, its journal and this process's part in it, from config to exit code.
+
+Reads: the configuration; of a resumed run, what it recorded.
+Writes: runs/RUN_ID/ (config.yaml, journal.sqlite, summary.json, champion/) and runs/latest.
+Never: decides what the evolution does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from darwin_exp import parts as workshop_of
+from darwin_exp import summary as summaries
+from darwin_exp.config import (
+    ConfigError,
+    DarwinConfig,
+    as_yaml,
+    from_yaml,
+    leaves,
+    refuse_changed_score,
+)
+from darwin_exp.display import Watch
+from darwin_exp.evolution import BaseFailed, Parts, Stopped, evolve
+from darwin_exp.individual import Genome
+from darwin_exp.journal import Journal, JournalError
+from darwin_exp.parts import Workshop, folder
+from darwin_exp.protocols import Event, Interrupted, SandboxUnavailable
+from darwin_exp.tracking import MlflowTracker, NullTracker
+from darwin_exp.trials import Bench, Trials
+
+LATEST = "latest"
+READY_SECONDS = 60.0  # MLflow's first start makes its tables; training waits for it to be quiet
+HURRIED_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Command:
+    """What was typed.
+
+    Attributes:
+        text: the command line, for people.
+        overrides: `key=value` as typed.
+        chosen: the composed node of every group whose variant was typed.
+        sweep_id: the sweep that this run belongs to, if any.
+    """
+
+    text: str
+    overrides: tuple[str, ...] = ()
+    chosen: Mapping[str, Any] | None = None
+    sweep_id: str | None = None
+
+
+def run(config: DarwinConfig, command: Command, watch: Watch) -> int:
+    """Start a run, or go on with one, and return its exit code.
+
+    Raises:
+        ConfigError: nothing could be started; nothing was written.
+        KeyboardInterrupt: somebody interrupted the preparation.
+    """
+    if config.resume is not None:
+        return _resume(config, command, watch)
+    workshop = workshop_of.prepare_workshop(
+        config, watch.note, may_fall_back=command.sweep_id is None
+    )
+    run_folder = _new_folder(folder(config.paths.runs))
+    with _journal_of(run_folder) as journal:
+        _write(run_folder / "config.yaml", as_yaml(config))
+        _point_latest_to(run_folder)
+        return _Session(workshop, run_folder, journal, command, watch).work()
+
+
+def _resume(config: DarwinConfig, command: Command, watch: Watch) -> int:
+    run_folder = find_run(folder(config.paths.runs), str(config.resume))
+    recorded = from_yaml(run_folder / "config.yaml", [], {})
+    overrides = _operational(command.overrides, recorded)
+    wanted = from_yaml(run_folder / "config.yaml", overrides, command.chosen or {})
+    refuse_changed_score(recorded, wanted)
+    wanted.resume = None
+    with _journal_of(run_folder) as journal:
+        begun = journal.find("run", "run")
+        base = None if begun is None else Genome.of(begun.payload["files"])
+        workshop = workshop_of.prepare_workshop(wanted, watch.note, base, may_fall_back=False)
+        if begun is not None:
+            _refuse_other_environment(run_folder, begun.payload["environment"], workshop)
+        _write(run_folder / "config.yaml", as_yaml(wanted))
+        return _Session(workshop, run_folder, journal, command, watch).work()
+
+
+def find_run(runs: Path, name: str) -> Path:
+    """Return the folder of a run by its id, or of the newest one started.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    candidate = runs / name
+    if candidate.is_dir() and (candidate / "config.yaml").is_file():
+        return candidate.resolve()
+    known = sorted((path.parent.name for path in runs.glob("*/config.yaml")), reverse=True)
+    others = [one for one in known if one != LATEST]
+    hint = f"the newest are {', '.join(others[:3])}" if others else "there are none yet"
+    raise ConfigError(f"resume={name}: no such run in {runs}; {hint}")
+
+
+def _operational(overrides: Sequence[str], recorded: DarwinConfig) -> list[str]:
+    """Return the typed `key=value`s that apply to a recorded configuration."""
+    known = {key for key, _, _ in leaves(recorded)}
+    kept = []
+    for override in overrides:
+        key, _, _ = override.partition("=")
+        if key == "resume":
+            continue
+        if key.startswith(("+", "~")):
+            raise ConfigError(
+                f"{override}: a resumed run keeps its recipe; resume takes key=value only"
+            )
+        if key in known:
+            kept.append(override)
+    return kept
+
+
+def _refuse_other_environment(run_folder: Path, recorded: Any, workshop: Workshop) -> None:
+    for name, value in workshop.environment.items():
+        if recorded.get(name) != value:
+            raise ConfigError(
+                f"{run_folder.name}: its scores were measured with {name}={recorded.get(name)!r} "
+                f"and here it is {value!r}, so they cannot be compared; start a new run"
+            )
+
+
+def _new_folder(runs: Path) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    while True:
+        fresh = runs / f"{stamp}-{secrets.token_hex(2)}"
+        try:
+            fresh.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"paths.runs: {fresh}: {error.strerror}") from error
+        return fresh
+
+
+def _point_latest_to(run_folder: Path) -> None:
+    link = run_folder.parent / LATEST
+    fresh = run_folder.parent / f".{LATEST}-{os.getpid()}"
+    with suppress(OSError):
+        fresh.symlink_to(run_folder.name)
+        fresh.replace(link)
+
+
+@contextmanager
+def _journal_of(run_folder: Path) -> Iterator[Journal]:
+    try:
+        journal = Journal(run_folder)
+    except JournalError as error:
+        raise ConfigError(str(error)) from error
+    try:
+        yield journal
+    finally:
+        journal.close()
+
+
+class _Session:
+    """One process's work at one run."""
+
+    def __init__(
+        self,
+        workshop: Workshop,
+        run_folder: Path,
+        journal: Journal,
+        command: Command,
+        watch: Watch,
+    ) -> None:
+        self.workshop = workshop
+        self.config = workshop.config
+        self.run_folder = run_folder
+        self.journal = journal
+        self.command = command
+        self.watch = watch
+        self.plan = workshop_of.build_plan(workshop.config, workshop.data)
+        self.message = ""
+
+    def work(self) -> int:
+        """Evolve until the end, a cap or an interruption, and leave a truthful summary."""
+        tracker = self._tracker()
+        status = summaries.FAILED
+        with self.watch, _terminable():
+            try:
+                self._begin()
+                self.journal.listen(tracker.follow)
+                tracker.ready(READY_SECONDS)
+                status = self._evolve()
+            except (KeyboardInterrupt, Interrupted):
+                status = summaries.INTERRUPTED
+            with _uninterrupted():
+                summary = self._end(status, tracker)
+                self.watch.finished(summary)
+        if self.message:
+            raise ConfigError(self.message)
+        return int(summary["exit_code"])
+
+    def _begin(self) -> None:
+        """Record that this process works at the run and, the first time, what the run is."""
+        n = len(self.journal.of_kind("session"))
+        self.journal.append(
+            "session",
+            str(n),
+            {"what": "resumed" if n else "started"},
+            {"pid": os.getpid(), "host": socket.gethostname(), "command": self.command.text},
+        )
+        begun = self.journal.find("run", "run")
+        peak = begun.measured["peak_flops"] if begun else None
+        if begun is None:
+            self.watch.note("measuring this machine's peak, once")
+            peak = workshop_of.measure_peak(self.workshop, self.watch.note)
+        key = self.config.integrity.key or secrets.token_hex(32)
+        workshop = self.workshop
+        self.run_event: Event = self.journal.once(
+            "run",
+            "run",
+            lambda: (
+                {
+                    "config": {name: value for name, value, _ in leaves(self.config)},
+                    "environment": workshop.environment,
+                    "environment_id": workshop.environment_id,
+                    "files": workshop.base.as_dict,
+                    "integrity_key": key,
+                },
+                {
+                    "run_id": self.run_folder.name,
+                    "command": self.command.text,
+                    "host": socket.gethostname(),
+                    "peak_flops": peak,
+                },
+            ),
+            given={"base_genome_id": workshop.base.id},
+        )
+        self.watch.run_started(self.run_folder.name, self._title(), self.plan.n_requested)
+
+    def _title(self) -> list[str]:
+        config, data = self.config, self.workshop.data
+        clock = f"{config.budget_seconds:g} s"
+        if config.max_steps is not None:
+            clock = f"{config.max_steps} steps (at most {clock})"
+        slots = f"{len(self.workshop.slots)} slot(s) of {config.sandbox.threads} thread(s)"
+        return [
+            f"{config.experiment}: {self.plan.n_requested} rewrites, {clock} each, {slots}",
+            f"data {config.dataset.name} ({data.vocab_size} symbols), sandbox "
+            f"{config.sandbox.name}, mutator {config.mutator.name}, "
+            f"selection {config.selection.name}, memory {config.memory.name}",
+        ]
+
+    def _evolve(self) -> str:
+        config, workshop = self.config, self.workshop
+        peak = self.run_event.measured["peak_flops"]
+        training, evaluation, box = workshop_of.build_specs(config, peak)
+        bench = Bench(
+            seed=config.seed,
+            integrity_key=bytes.fromhex(self.run_event.payload["integrity_key"]),
+            data=workshop.data,
+            training=training,
+            evaluation=evaluation,
+            sandbox=box,
+            run_folder=self.run_folder,
+        )
+        executor = workshop_of.build_executor(workshop, self.watch.slot)
+        memory = workshop_of.build_memory(config, self.run_folder.name)
+        parts = Parts(
+            mutator=workshop.mutator,
+            selector=workshop_of.build_selector(config.selection),
+            fitness=workshop_of.build_fitness(config.fitness),
+            memory=memory,
+            trials=Trials(bench, executor, self.journal),
+            journal=self.journal,
+            watch=self.watch,
+            n_slots=executor.n_slots,
+            run_folder=self.run_folder,
+        )
+        try:
+            evolve(workshop.base, self.plan, parts)
+            return summaries.FINISHED
+        except Stopped as cap:
+            self.watch.note(f"stopped: {cap}")
+            return summaries.STOPPED
+        except (BaseFailed, JournalError, SandboxUnavailable) as failure:
+            self.message = str(failure)
+            return summaries.FAILED
+        finally:
+            with _uninterrupted():
+                executor.close(cancel=True)
+            for problem in memory.problems:
+                self.watch.note(f"memory: {problem}")
+
+    def _end(self, status: str, tracker: MlflowTracker | NullTracker) -> dict[str, Any]:
+        """Leave champion and summary, tell the journal how it ended, and let MLflow catch up."""
+        events = self.journal.events()
+        if self.journal.find("run", "run") is None:
+            return {"run_id": self.run_folder.name, "status": status, "exit_code": 130}
+        summary = summaries.summarise(events, self.plan.n_requested, status)
+        if summary["champion"] is not None:
+            self._leave_champion(summary["champion"]["individual_id"])
+        self._write_summary(summary)
+        with suppress(JournalError):  # a journal that refuses to be written has said so already
+            n = len(self.journal.of_kind("end"))
+            self.journal.append(
+                "end",
+                str(n),
+                {"status": status, "exit_code": summary["exit_code"]},
+                {"seconds": summary["seconds"]["total"]},
+            )
+        hurried = status == summaries.INTERRUPTED
+        waiting = self.config.tracking.closing_seconds
+        behind = tracker.close(min(waiting, HURRIED_SECONDS) if hurried else waiting)
+        if behind:
+            self.watch.note(
+                f"MLflow is {behind} events behind; resume={self.run_folder.name} delivers them"
+            )
+        summary["mlflow_run_id"] = tracker.run_id
+        self._write_summary(summary)
+        return summary
+
+    def _write_summary(self, summary: Mapping[str, Any]) -> None:
+        with suppress(OSError):
+            _write(self.run_folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def _leave_champion(self, name: str) -> None:
+        """Copy the selected individual's code and its patch against the base."""
+        code = self.run_folder / "individuals" / name / "code"
+        champion = self.run_folder / "champion"
+        with suppress(OSError, ValueError):
+            genome = Genome.from_folder(code)
+            shutil.rmtree(champion, ignore_errors=True)
+            genome.write_to(champion)
+            patch = genome.patch_from(self.workshop.base)
+            (champion / "champion.patch").write_text(patch, encoding="utf-8")
+
+    def _tracker(self) -> MlflowTracker | NullTracker:
+        if self.config.tracking.name == "none":
+            return NullTracker()
+        runs = self.run_folder.parent
+        return MlflowTracker(
+            store_uri=f"sqlite:///{runs / 'mlflow.sqlite'}",
+            artifact_folder=runs / "mlartifacts",
+            experiment=self.config.experiment,
+            run_folder=self.run_folder,
+            parent_tags={"darwin.command": self.command.text},
+            sweep_id=self.command.sweep_id,
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end a run as Ctrl-C does: resumable, and with nothing left running."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold off Ctrl-C while what is on disk is put in order; this takes seconds."""
+    before = {which: signal.signal(which, signal.SIG_IGN) for which in _ENDING}
+    try:
+        yield
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+
+
+_ENDING = (signal.SIGINT, signal.SIGTERM)

@@ -1,0 +1,160 @@
+"""Processes as /proc tells of them: who descends from whom, what they use, what they wait for.
+
+Reads: /proc.
+Writes: nothing.
+Never: signals anyone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Process:
+    """One line of /proc/PID/stat.
+
+    Attributes:
+        state: R, S, D, T (stopped), t (traced), Z (ended, not yet waited for) or X.
+        cpu_seconds: used by it and by those of its children that it waited for.
+    """
+
+    pid: int
+    parent: int
+    state: str
+    cpu_seconds: float
+
+    @classmethod
+    def read(cls, pid: int) -> Process | None:
+        """Return what /proc says of a process, or None if it is gone."""
+        try:
+            text = Path(f"/proc/{pid}/stat").read_bytes()
+        except OSError:
+            return None
+        # The name stands in parentheses and may itself hold anything, parentheses included.
+        fields = text[text.rindex(b")") + 2 :].split()
+        ticks = sum(map(int, fields[11:15]))
+        return cls(pid, int(fields[1]), fields[0].decode(), ticks / _TICKS_PER_SECOND)
+
+
+def all_processes() -> dict[int, Process]:
+    """Return every process of the machine that we can see, by id."""
+    found = (Process.read(int(name)) for name in os.listdir("/proc") if name.isdigit())
+    return {process.pid: process for process in found if process is not None}
+
+
+def descendants(root: int) -> list[Process]:
+    """Return every process below `root`, parents before children."""
+    children: dict[int, list[Process]] = {}
+    for process in all_processes().values():
+        children.setdefault(process.parent, []).append(process)
+    found: list[Process] = []
+    pending = deque([root])
+    while pending:
+        below = children.get(pending.popleft(), [])
+        found += below
+        pending += [process.pid for process in below]
+    return found
+
+
+def users() -> Iterator[tuple[int, int, int]]:
+    """Yield process id, real user id and number of tasks of every process that we can see."""
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            status = Path(f"/proc/{name}/status").read_text(errors="replace")
+        except OSError:
+            continue
+        fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+        if not fields.get("State", "").strip().startswith(("Z", "X")):
+            yield int(name), int(fields["Uid"].split()[0]), int(fields["Threads"])
+
+
+def resident_bytes(pid: int) -> int:
+    """Return the resident memory of a process, shared pages included; 0 if it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
+    except OSError:
+        return 0
+
+
+def run_delays(pid: int) -> dict[int, float]:
+    """Return, by task, the seconds that it stood runnable without a CPU."""
+    delays: dict[int, float] = {}
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{pid}/task/{task}/schedstat").read_text().split()
+                delays[int(task)] = int(fields[1]) / 1e9
+    return delays
+
+
+def kernel_oom_kills() -> int:
+    """Return how many processes the kernel has killed so far for want of memory."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+class Usage:
+    """What a group has used since its ready signal.
+
+    Run delay is the longest that any one task waited for a CPU, but never more than the CPU time
+    that the slot's CPUs had left over: where a group over-subscribes its own CPUs its tasks wait
+    for one another, and nobody else is to blame.
+    """
+
+    def __init__(self, n_cpus: int) -> None:
+        self._n_cpus = n_cpus
+        self._started_at = time.monotonic()
+        self._ended_at: float | None = None
+        self._cpu_before = 0.0
+        self._delay_before: dict[int, float] = {}
+        self._delay: dict[int, float] = {}
+        self._cpu = 0.0
+
+    def begin(self, pids: list[int]) -> None:
+        """Count from now on: the ready signal was given."""
+        self._started_at = time.monotonic()
+        self._cpu_before = self._cpu_of(pids)
+        for pid in pids:
+            self._delay_before.update(run_delays(pid))
+        self._delay.clear()
+
+    def sample(self, pids: list[int]) -> None:
+        """Take the present figures of the living; of the dead the last sample stands."""
+        for pid in pids:
+            self._delay.update(run_delays(pid))
+        self._cpu = max(self._cpu, self._cpu_of(pids))
+
+    def end(self) -> None:
+        """Stop the clock: the group was frozen or its main process ended."""
+        self._ended_at = self._ended_at or time.monotonic()
+
+    def totals(self) -> tuple[float, float]:
+        """Return CPU seconds and run delay in seconds; exact once every process is waited for."""
+        self._cpu = max(self._cpu, self._cpu_of([]))
+        cpu_seconds = max(0.0, self._cpu - self._cpu_before)
+        wall_seconds = (self._ended_at or time.monotonic()) - self._started_at
+        spare_seconds = max(0.0, wall_seconds * self._n_cpus - cpu_seconds)
+        waited = (delay - self._delay_before.get(t, 0.0) for t, delay in self._delay.items())
+        return cpu_seconds, min(max(waited, default=0.0), spare_seconds)
+
+    @staticmethod
+    def _cpu_of(pids: list[int]) -> float:
+        dead = resource.getrusage(resource.RUSAGE_CHILDREN)
+        alive = (process.cpu_seconds for pid in pids if (process := Process.read(pid)))
+        return dead.ru_utime + dead.ru_stime + sum(alive)

@@ -1,0 +1,179 @@
+"""The summary of a run: a fold over its journal, written to summary.json.
+
+Reads: events. Writes: nothing.
+Never: fills in a value that was not measured; those are None.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from darwin_exp.individual import Status
+from darwin_exp.protocols import Event
+
+FINISHED, INTERRUPTED, STOPPED, FAILED = "finished", "interrupted", "stopped", "failed"
+OK, NONE_OK, WRONG, LOST, CAPPED, BY_SIGNAL = 0, 1, 2, 3, 4, 130
+WORST_FIRST = (BY_SIGNAL, WRONG, NONE_OK, LOST, CAPPED, OK)
+
+
+def worst(codes: Sequence[int]) -> int:
+    """Return the exit code of a sweep whose jobs ended with these."""
+    return min(codes, key=_badness, default=OK)
+
+
+def _badness(code: int) -> int:
+    return WORST_FIRST.index(code) if code in WORST_FIRST else -1
+
+
+def summarise(events: Sequence[Event], n_requested: int, status: str) -> dict[str, Any]:
+    """Return the content of summary.json.
+
+    Args:
+        n_requested: mutated individuals that the plan asks for.
+        status: how this process ended: finished, interrupted, stopped or failed.
+    """
+    run = next(event for event in events if event.kind == "run")
+    individuals = [event for event in events if event.kind == "individual"]
+    mutated = [event for event in individuals if event.payload["editor_id"] is not None]
+    counts = Counter(event.payload["status"] for event in mutated)
+    ok, lost, duplicates = (
+        counts.pop(name.value, 0) for name in (Status.OK, Status.INFRA_LOST, Status.DUPLICATE)
+    )
+    closing = next((event for event in reversed(events) if event.kind == "claim"), None)
+    first = _first_attempts(events, mutated)
+    repaired = sum(bool(event.payload["repaired"]) for event in mutated)
+    return {
+        "run_id": run.measured["run_id"],
+        "status": status,
+        "exit_code": _exit_code(status, ok, lost),
+        "requested": n_requested,
+        "ok": ok,
+        "failed": dict(sorted(counts.items())),
+        "lost": lost,
+        "duplicates": duplicates,
+        "not_started": n_requested - len(mutated),
+        "repaired": repaired,
+        "error_rate": first.count(False) / len(first) if first else None,
+        "resolution_rate": repaired / first.count(False) if first.count(False) else None,
+        **_sides(events, individuals, closing),
+        "seconds": _seconds(events),
+        "llm": {"calls": 0, "tokens_in": 0, "tokens_out": 0, "usd": None},
+        "mlflow_run_id": None,
+    }
+
+
+def _exit_code(status: str, ok: int, lost: int) -> int:
+    if status == INTERRUPTED:
+        return BY_SIGNAL
+    if status == STOPPED:
+        return CAPPED
+    if status == FAILED:
+        return WRONG
+    if not ok:
+        return NONE_OK
+    return LOST if lost else OK
+
+
+def _first_attempts(events: Sequence[Event], mutated: Sequence[Event]) -> list[bool]:
+    """Tell of each mutated individual whether its first attempt was OK; lost ones are left out."""
+    first: dict[str, str] = {}
+    for event in events:
+        searched = event.kind == "job" and event.payload["purpose"] == "search"
+        if searched and "/0" in event.key and event.payload["status"] != Status.INFRA_LOST.value:
+            first[event.payload["individual_id"]] = event.payload["status"]
+    outcomes = []
+    for event in mutated:
+        status = event.payload["status"]
+        if status in (Status.DUPLICATE.value, Status.INFRA_LOST.value):
+            continue
+        outcomes.append(first.get(event.payload["individual_id"], status) == Status.OK.value)
+    return outcomes
+
+
+def _sides(
+    events: Sequence[Event], individuals: Sequence[Event], closing: Event | None
+) -> dict[str, Any]:
+    """Return baseline, champion and improvement."""
+    by_id = {event.payload["individual_id"]: event for event in individuals}
+    base = next((event for event in individuals if event.payload["editor_id"] is None), None)
+    selected = by_id.get(closing.payload["selected_id"]) if closing else None
+    retimed = {event.key: event.measured for event in events if event.kind == "retimed"}
+    jobs = [event for event in events if event.kind == "job"]
+    sides = {
+        name: None if event is None else _side(event, jobs, retimed)
+        for name, event in (("baseline", base), ("champion", selected))
+    }
+    return {**sides, "improvement": _improvement(closing, sides)}
+
+
+def _side(
+    event: Event, jobs: Sequence[Event], retimed: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    name = event.payload["individual_id"]
+    ours = [job for job in jobs if job.payload["individual_id"] == name]
+
+    def mean_log(metric: str) -> float | None:
+        values = [
+            job.payload["metrics"][metric] for job in ours if metric in job.payload["metrics"]
+        ]
+        return math.exp(sum(map(math.log, values)) / len(values)) if values else None
+
+    mfu = (retimed.get(name) or {}).get("mfu")
+    return {
+        "individual_id": name,
+        "generation": event.payload["generation"],
+        "val_perplexity": mean_log("val_perplexity"),
+        "val_bpb": mean_log("val_bpb"),
+        "test_perplexity": mean_log("test_perplexity"),
+        "mfu": event.measured["rates"].get("mfu") if mfu is None else mfu,
+        "mfu_retimed": mfu is not None,
+        "replicates": sum(job.payload["purpose"] == "claim" for job in ours),
+    }
+
+
+def _improvement(closing: Event | None, sides: Mapping[str, Any]) -> dict[str, Any]:
+    claim = (closing.payload["claim"] if closing else None) or {}
+    base, champion = sides["baseline"], sides["champion"]
+    mfu_percent = None
+    if claim and base and champion and base["mfu_retimed"] and champion["mfu_retimed"]:
+        mfu_percent = 100 * (champion["mfu"] / base["mfu"] - 1)
+    return {
+        "perplexity_percent": claim.get("perplexity_percent"),
+        "mfu_percent": mfu_percent,
+        "ci95": claim.get("ci95"),
+        "p_value": claim.get("p_value"),
+        "significant": claim.get("significant"),
+        "why_none": closing.payload["why_none"] if closing else "the run has not been closed",
+        "equal_steps": None,
+    }
+
+
+def _seconds(events: Sequence[Event]) -> dict[str, Any]:
+    jobs = [event.measured for event in events if event.kind == "job"]
+    generations = [event for event in events if event.kind == "generation"]
+    starts = [event.written_at for event in generations]
+    begun = next(event.written_at for event in events if event.kind == "run")
+    pairs = zip([begun, *starts], starts, strict=False)
+    return {
+        "total": _alive(events),
+        "per_generation": [after - before for before, after in pairs],
+        "startup": sum(job["startup_seconds"] for job in jobs),
+        "training": sum(job["training_seconds"] for job in jobs),
+        "scoring": sum(job["scoring_seconds"] for job in jobs),
+        "overhead": sum(job["overhead_seconds"] for job in jobs),
+    }
+
+
+def _alive(events: Sequence[Event]) -> float:
+    """Return the time for which processes worked at the run, without the pauses between them."""
+    total, since, last = 0.0, None, 0.0
+    for event in events:
+        if event.kind == "session":
+            if since is not None:
+                total += last - since
+            since = event.written_at
+        last = event.written_at
+    return total + (last - since if since is not None else 0.0)

@@ -1,0 +1,227 @@
+"""Trials: one training and scoring of a genome, carried out once however often a run is resumed.
+
+A trial that we lost (a broken sandbox, a core that others took) is repeated; what is recorded in
+the journal is what the rest of the run may know of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from darwin_exp import randomness
+from darwin_exp.individual import (
+    DataSpec,
+    Evaluation,
+    EvaluationSpec,
+    Genome,
+    Job,
+    JobResult,
+    Purpose,
+    Reason,
+    SandboxSpec,
+    Status,
+    TrainingRun,
+    TrainingSpec,
+)
+from darwin_exp.journal import Journal
+from darwin_exp.protocols import Executor, InfrastructureFailure, Interrupted
+
+MAX_TRIES = 3  # a lost trial is repeated at most twice
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training to be carried out.
+
+    Attributes:
+        name: unique within the run, such as "g01-i03/0"; the repeats add ".1" and ".2".
+        split: what is scored; None trains only.
+        max_steps: overrides the run's own number of steps (re-timings).
+        folder: where its files are left, below the run's folder.
+    """
+
+    name: str
+    individual_id: str
+    purpose: Purpose
+    genome: Genome
+    split: str | None
+    folder: str
+    max_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all trials of an environment have in common."""
+
+    seed: int
+    integrity_key: bytes
+    data: DataSpec
+    training: TrainingSpec
+    evaluation: EvaluationSpec
+    sandbox: SandboxSpec
+    run_folder: Path
+
+
+class Trials:
+    """Carries out trials through the executor and records them in the journal."""
+
+    def __init__(self, bench: Bench, executor: Executor, journal: Journal) -> None:
+        self._bench = bench
+        self._executor = executor
+        self._journal = journal
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """Kill what is under way and refuse every trial from now on: they end with Interrupted."""
+        self._stopping.set()
+        self._executor.close(cancel=True)
+
+    def run(self, trial: Trial) -> JobResult:
+        """Carry out a trial, repeated where it was lost, and return how it ended.
+
+        Raises:
+            Interrupted: the run is stopping; nothing of this trial was recorded.
+        """
+        for attempt in range(MAX_TRIES):
+            job = self._job(trial, attempt)
+            last = attempt == MAX_TRIES - 1
+            event = self._journal.once(
+                "job",
+                job.job_id,
+                lambda job=job, last=last: self._carry_out(job, last),  # type: ignore[misc]
+                given={
+                    "individual_id": trial.individual_id,
+                    "purpose": trial.purpose.value,
+                    "genome_id": trial.genome.id,
+                    "split": trial.split,
+                    "seed": job.training.seed,
+                    "max_steps": job.training.max_steps,
+                },
+            )
+            result = _result_from(job.job_id, event.payload, event.measured)
+            if result.training.status is not Status.INFRA_LOST:
+                return result
+        return result
+
+    def _job(self, trial: Trial, attempt: int) -> Job:
+        bench = self._bench
+        training = TrainingSpec(
+            **{
+                **bench.training.__dict__,
+                "seed": randomness.training_seed(bench.seed, trial.name),
+                "max_steps": trial.max_steps or bench.training.max_steps,
+            }
+        )
+        evaluation = None
+        if trial.split is not None:
+            evaluation = EvaluationSpec(**{**bench.evaluation.__dict__, "split": trial.split})
+        return Job(
+            job_id=f"{trial.name}.{attempt}" if attempt else trial.name,
+            individual_id=trial.individual_id,
+            purpose=trial.purpose,
+            genome=trial.genome,
+            data=bench.data,
+            training=training,
+            sandbox=bench.sandbox,
+            evaluation=evaluation,
+            secret=randomness.secret(bench.integrity_key, "scorer", trial.name),
+            folder=bench.run_folder / trial.folder,
+        )
+
+    def _carry_out(self, job: Job, last: bool) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        if self._stopping.is_set():
+            raise Interrupted
+        try:
+            result = self._executor.submit(job).result()
+        except InfrastructureFailure as failure:
+            result = JobResult(job.job_id, _lost(Reason.INFRASTRUCTURE, str(failure)))
+        if result.contended and not last:
+            # Held against our machine, not against the candidate; the last try is kept and marked.
+            why = (
+                f"its threads waited {result.training.run_delay_seconds:.1f} s for a CPU that "
+                "other processes held"
+            )
+            result = JobResult(
+                job.job_id, _lost(Reason.CONTENTION, why), None, result.total_seconds
+            )
+        return _payload(result), _measured(result)
+
+
+def _lost(reason: Reason, message: str) -> TrainingRun:
+    return TrainingRun(Status.INFRA_LOST, reason, message)
+
+
+def _payload(result: JobResult) -> dict[str, Any]:
+    outcome = result.outcome
+    scored = result.evaluation
+    return {
+        "trained": result.training.status.value,
+        "scored": None if scored is None else scored.status.value,
+        "status": outcome.status.value,
+        "reason": outcome.reason.value,
+        "message": outcome.message,
+        "exit_code": result.training.exit_code,
+        "metrics": {} if scored is None else dict(scored.metrics),
+    }
+
+
+def _measured(result: JobResult) -> dict[str, Any]:
+    training, scored = result.training, result.evaluation
+    return {
+        "rates": {} if scored is None else dict(scored.rates),
+        "details": {} if scored is None else dict(scored.details),
+        "stopped_at_budget": training.stopped_at_budget,
+        "startup_seconds": training.startup_seconds + (scored.startup_seconds if scored else 0.0),
+        "training_startup_seconds": training.startup_seconds,
+        "training_seconds": training.training_seconds,
+        "scoring_seconds": scored.scoring_seconds if scored else 0.0,
+        "overhead_seconds": result.overhead_seconds,
+        "total_seconds": result.total_seconds,
+        "cpu_seconds": training.cpu_seconds,
+        "run_delay_seconds": training.run_delay_seconds,
+        "contended": result.contended,
+        "steps_claimed": training.steps_claimed,
+        "tokens_claimed": training.tokens_claimed,
+        "loss_claimed": training.loss_claimed,
+        "log_tail": training.log_tail,
+        "log_truncated": training.log_truncated,
+    }
+
+
+def _result_from(job_id: str, payload: Mapping[str, Any], measured: Mapping[str, Any]) -> JobResult:
+    trained = Status(payload["trained"])
+    scored = payload["scored"]
+    decided_by_training = scored is None
+    training = TrainingRun(
+        status=trained,
+        reason=Reason(payload["reason"]) if decided_by_training else Reason.NONE,
+        message=payload["message"] if decided_by_training else "",
+        stopped_at_budget=measured["stopped_at_budget"],
+        startup_seconds=measured["training_startup_seconds"],
+        training_seconds=measured["training_seconds"],
+        cpu_seconds=measured["cpu_seconds"],
+        run_delay_seconds=measured["run_delay_seconds"],
+        exit_code=payload["exit_code"],
+        steps_claimed=measured["steps_claimed"],
+        tokens_claimed=measured["tokens_claimed"],
+        loss_claimed=measured["loss_claimed"],
+        log_tail=measured["log_tail"],
+        log_truncated=measured["log_truncated"],
+    )
+    evaluation = None
+    if scored is not None:
+        evaluation = Evaluation(
+            status=Status(scored),
+            reason=Reason(payload["reason"]),
+            message=payload["message"],
+            metrics=payload["metrics"],
+            rates=measured["rates"],
+            details=measured["details"],
+            startup_seconds=measured["startup_seconds"] - measured["training_startup_seconds"],
+            scoring_seconds=measured["scoring_seconds"],
+        )
+    return JobResult(job_id, training, evaluation, measured["total_seconds"], measured["contended"])

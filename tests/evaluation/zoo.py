@@ -1,0 +1,207 @@
+"""Small language models, honest and not, as the model.py of test genomes.
+
+Every cheat stands beside an honest model that differs from it in the one line that matters.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+C, H = 32, 4
+
+
+class Attention(nn.Module):
+    """Causal attention, or one of its ways to go wrong."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.qkv = nn.Linear(C, 3 * C, bias=False)
+        self.out = nn.Linear(C, C, bias=False)
+        self.sharpness = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = (
+            z.view(B, T, H, C // H).transpose(1, 2) for z in self.qkv(x).split(C, dim=2)
+        )  # (B, H, T, D)
+        if self.kind == "rotary":
+            q, k = rotated(q), rotated(k)
+        future = torch.ones(T, T, dtype=torch.bool).triu(1)
+        if self.kind == "finite_mask":
+            # Harmless with plain weights; a learned sharpness outgrows it.
+            scores = self.sharpness * (q @ k.transpose(2, 3)) - 1e4 * future
+            y = scores.softmax(dim=-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.kind != "unmasked")
+        mixed: Tensor = self.out(y.transpose(1, 2).reshape(B, T, C))
+        return mixed
+
+
+def rotated(x: Tensor) -> Tensor:
+    """Turn pairs of channels of (B, H, T, D) by angles that grow with the position."""
+    T, D = x.shape[2:]
+    angles = torch.arange(T)[:, None] / 100.0 ** (torch.arange(D // 2) / (D // 2))
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class Convolution(nn.Module):
+    """A depthwise convolution over the last four positions, or over the next four."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.padding = (0, 3) if kind == "reversed_convolution" else (3, 0)
+        self.kernel = nn.Conv1d(C, C, 4, groups=C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed: Tensor = self.kernel(F.pad(x.transpose(1, 2), self.padding))
+        return mixed.transpose(1, 2)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, _: str) -> None:
+        super().__init__()
+        self.cell = nn.GRU(C, C, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed: Tensor = self.cell(x)[0]
+        return mixed
+
+
+class LinearAttention(nn.Module):
+    """Running sums of keys times values, all of it in bfloat16."""
+
+    def __init__(self, _: str) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(C, 3 * C, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.qkv.weight.bfloat16()
+        q, k, v = F.linear(x.bfloat16(), weight).split(C, dim=2)
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        state = torch.einsum("btc,btd->btcd", k, v).cumsum(dim=1)
+        norm = torch.einsum("btc,btc->bt", q, k.cumsum(dim=1))
+        mixed = torch.einsum("btc,btcd->btd", q, state) / norm[..., None]
+        return mixed.float()
+
+
+class Statistic(nn.Module):
+    """Mixes in an average that a position should not know."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "running_mean":
+            return x.cumsum(dim=1) / torch.arange(1, x.shape[1] + 1)[:, None]
+        if self.kind == "block_mean":
+            blocks = x.view(x.shape[0], -1, 8, C)
+            return blocks.mean(dim=2, keepdim=True).expand_as(blocks).flatten(1, 2)
+        if self.kind == "sequence_norm":
+            return x / x.pow(2).mean(dim=1, keepdim=True).sqrt()
+        if self.kind == "circular":
+            kernel = torch.exp(-torch.arange(x.shape[1]) / 2.0)[:, None]
+            spectrum = torch.fft.rfft(x, dim=1) * torch.fft.rfft(kernel, dim=0)
+            mixed: Tensor = torch.fft.irfft(spectrum, n=x.shape[1], dim=1)
+            return mixed
+        assert self.kind == "batch_mean"
+        return x.mean(dim=0, keepdim=True).expand_as(x)
+
+
+MIXERS: dict[str, type[nn.Module]] = {
+    **dict.fromkeys(("attention", "rotary", "unmasked", "finite_mask"), Attention),
+    **dict.fromkeys(("convolution", "reversed_convolution"), Convolution),
+    "recurrent": Recurrent,
+    "linear_attention": LinearAttention,
+    **dict.fromkeys(
+        ("running_mean", "block_mean", "sequence_norm", "circular", "batch_mean"), Statistic
+    ),
+}
+
+
+class Model(nn.Module):
+    """An embedding, one mixer of positions, a head; and the cheats that need no mixer."""
+
+    def __init__(self, kind: str, vocab_size: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.embedding = nn.Embedding(vocab_size, C)
+        self.positions = nn.Embedding(64, C)
+        self.mixer = MIXERS[kind](kind) if kind in MIXERS else nn.Identity()
+        self.head = nn.Linear(C, vocab_size, bias=False)
+        self.seen: list[Tensor] = []
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        T = tokens.shape[1]
+        x = self.embedding(tokens) + self.positions(torch.arange(T))  # (B, T, C)
+        if self.kind == "peek":  # at one position in sixteen, what comes next
+            following = self.embedding(tokens.roll(-1, dims=1))
+            at = (torch.arange(T) % 16 == 14)[:, None]
+            x = torch.where(at, 4 * following @ self.head_inverse(), x)
+        x = x + self.mixer(x)
+        if self.kind == "dropout":
+            x = F.dropout(x, 0.1, training=True)
+        logits: Tensor = self.head(x)
+        if self.kind == "memory":  # what was asked before is answered better
+            known = [F.one_hot(t, logits.shape[-1]) for t in self.seen]
+            logits = logits + 5.0 * torch.stack(known).sum(dim=(0, 1)) if known else logits
+            self.seen.append(tokens)
+        return self.misbehave(logits)
+
+    def head_inverse(self) -> Tensor:
+        """Return what turns an embedding into features by which the head names its token."""
+        inverse: Tensor = torch.linalg.pinv(self.embedding.weight)
+        return inverse @ torch.linalg.pinv(self.head.weight).T
+
+    def misbehave(self, logits: Tensor) -> Tensor:
+        match self.kind:
+            case "nan":
+                logits[0, 0, 0] = math.nan
+            case "infinite":
+                logits[0, -1, -1] = -math.inf
+            case "wide":
+                return F.pad(logits, (0, 1))
+            case "short":
+                return logits[:, 1:]
+            case "flat":
+                return logits.flatten(0, 1)
+            case "raises":
+                raise ZeroDivisionError("no such luck")
+            case "exits":
+                os._exit(7)
+            case "hangs":
+                while True:
+                    pass
+            case "chatters":
+                os.write(5, b"\x09all is well, perplexity 1.0")
+            case "half_precision":
+                return logits.bfloat16()
+            case "learns":
+                with torch.no_grad():
+                    self.head.weight.mul_(0.5)
+        return logits
+
+
+class Table(nn.Module):
+    """Logits looked up by the last token alone."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(vocab_size, vocab_size))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.table[tokens]
+
+
+def build_model(arguments: dict[str, Any]) -> nn.Module:
+    kind, vocab_size = arguments["kind"], arguments["vocab_size"]
+    return Table(vocab_size) if kind == "table" else Model(kind, vocab_size)

@@ -1,0 +1,375 @@
+"""The loop: who lives, who is written down, and that a resumed run is the uninterrupted one."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from darwin_exp import summary
+from darwin_exp.evolution import BaseFailed, Stopped
+from darwin_exp.individual import Genome, Job, JobResult, Reason, Status
+from darwin_exp.journal import Journal, comparable, load
+from darwin_exp.protocols import InfrastructureFailure
+
+Rehearse = Callable[..., Any]
+
+
+def _individuals(journal: Journal) -> dict[str, Any]:
+    return {event.key: event for event in journal.of_kind("individual")}
+
+
+def test_as_many_individuals_are_made_as_the_plan_requests(rehearse: Rehearse) -> None:
+    rehearsal = rehearse()
+    made = _individuals(rehearsal.run())
+    assert rehearsal.the_plan.n_requested == 4 + 3 * 3
+    assert len(made) == 1 + rehearsal.the_plan.n_requested
+    assert made["g00-i00"].payload["editor_id"] is None
+
+
+def test_a_child_carries_its_parents_code_and_one_more_edit(rehearse: Rehearse) -> None:
+    journal = rehearse(plan={"n_generations": 4}).run()
+    made = _individuals(journal)
+    genomes = {"g00-i00": None}
+    for event in journal.of_kind("proposal"):
+        genomes[event.payload["individual_id"]] = event.payload["genome_id"]
+    for name, event in made.items():
+        if event.payload["editor_id"] is None:
+            continue
+        parent = made[event.payload["parent_ids"][0]].payload
+        assert event.payload["edits"][:-1] == parent["edits"]
+        assert event.payload["genome_id"] == genomes[name] != parent["genome_id"]
+
+
+def test_the_editor_is_another_living_agent_wherever_two_exist(rehearse: Rehearse) -> None:
+    made = _individuals(rehearse().run())
+    for event in made.values():
+        payload = event.payload
+        if payload["generation"] > 0:
+            assert payload["editor_id"] != payload["parent_ids"][0]
+
+
+def test_an_agent_edits_itself_where_pairing_says_so(rehearse: Rehearse) -> None:
+    made = _individuals(rehearse(plan={"pair_with_peers": False}).run())
+    for event in made.values():
+        if event.payload["generation"] > 0:
+            assert event.payload["editor_id"] == event.payload["parent_ids"][0]
+
+
+def test_selection_makes_the_best_no_worse_from_generation_to_generation(
+    rehearse: Rehearse,
+) -> None:
+    journal = rehearse(plan={"n_generations": 6}).run()
+    best = [event.payload["best"]["val_perplexity"] for event in journal.of_kind("generation")]
+    assert best == sorted(best, reverse=True)
+    assert best[-1] < best[0]
+
+
+def test_the_same_seed_gives_the_same_journal_and_another_seed_another(rehearse: Rehearse) -> None:
+    one = comparable(rehearse("one").run().events())
+    two = comparable(rehearse("two").run().events())
+    assert one == two
+    other = rehearse("other", plan={"seed": 4})
+    assert comparable(other.run().events()) != one
+
+
+def test_d2_a_run_cut_anywhere_and_resumed_is_the_uninterrupted_one(
+    rehearse: Rehearse, executor_with: Callable[..., Any]
+) -> None:
+    class Cut(Exception):
+        pass
+
+    whole = rehearse("whole").run()
+    n_jobs = len(whole.of_kind("job"))
+    assert n_jobs > 20
+
+    for cut_at in range(0, n_jobs, 3):
+        answered = 0
+
+        def rule(job: Job, cut_at: int = cut_at) -> None:
+            nonlocal answered
+            answered += 1
+            if answered > cut_at:
+                raise Cut
+
+        with pytest.raises(Cut):
+            rehearse(f"cut{cut_at}", executor=executor_with(rule=rule)).run()
+        resumed = rehearse(f"cut{cut_at}")
+        journal = resumed.run()
+        assert comparable(journal.events()) == comparable(whole.events())
+        assert len(resumed.executor.jobs) == n_jobs - cut_at, "what was done is not done again"
+
+
+def test_a_finished_run_resumed_trains_nothing(rehearse: Rehearse) -> None:
+    first = rehearse().run()
+    again = rehearse()
+    assert comparable(again.run().events()) == comparable(first.events())
+    assert again.executor.jobs == []
+    assert again.watch.finished == []
+
+
+def test_a_longer_run_continues_a_finished_one(rehearse: Rehearse) -> None:
+    rehearse("long", plan={"n_generations": 2}).run()
+    more = rehearse("long", plan={"n_generations": 4})
+    longer = _individuals(more.run())
+    assert len(longer) == 1 + more.the_plan.n_requested
+    assert longer.keys() == _individuals(rehearse("fresh", plan={"n_generations": 4}).run()).keys()
+
+
+def test_two_slots_make_the_same_individuals_as_one(
+    rehearse: Rehearse, executor_with: Callable[..., Any]
+) -> None:
+    one = _individuals(rehearse("one").run())
+    two = _individuals(rehearse("two", executor=executor_with(n_slots=3)).run())
+    assert {name: event.payload for name, event in one.items()} == {
+        name: event.payload for name, event in two.items()
+    }
+
+
+def test_a_crashed_individual_is_mended_and_trained_again_in_its_generation(
+    rehearse: Rehearse, executor_with: Callable[..., Any], fail: Callable[..., JobResult]
+) -> None:
+    def rule(job: Job) -> JobResult | None:
+        broken = job.job_id == "g01-i00/0"
+        return fail(job, Status.CRASHED, Reason.EXCEPTION) if broken else None
+
+    journal = rehearse(executor=executor_with(rule=rule)).run()
+    mended = _individuals(journal)["g01-i00"].payload
+    assert mended["status"] == "OK"
+    assert mended["repaired"]
+    assert mended["attempts"] == 2
+    assert mended["summary"].endswith("mended")
+    told = summary.summarise(load_sessioned(journal), 13, summary.FINISHED)
+    assert told["repaired"] == 1
+    assert told["error_rate"] == pytest.approx(1 / 13)
+    assert told["resolution_rate"] == 1.0
+
+
+def test_one_that_cannot_be_mended_dies_with_its_reason(
+    rehearse: Rehearse, executor_with: Callable[..., Any], fail: Callable[..., JobResult]
+) -> None:
+    def rule(job: Job) -> JobResult | None:
+        broken = job.individual_id == "g01-i01"
+        why = "this cannot be mended"
+        return fail(job, Status.TIMED_OUT, Reason.NO_CHECKPOINT, why) if broken else None
+
+    rehearsal = rehearse(executor=executor_with(rule=rule))
+    dead = _individuals(rehearsal.run())["g01-i01"].payload
+    assert dead["status"] == "TIMED_OUT"
+    assert dead["fitness"] is None
+    assert dead["message"] == "this cannot be mended"
+    error = rehearsal.folder / "individuals" / "g01-i01" / "error.txt"
+    assert "Traceback: boom" in error.read_text()
+
+
+def test_a_lost_trial_is_repeated_and_not_held_against_the_individual(
+    rehearse: Rehearse, executor_with: Callable[..., Any]
+) -> None:
+    def rule(job: Job) -> JobResult | None:
+        if job.job_id in ("g01-i00/0", "g01-i00/0.1"):
+            raise InfrastructureFailure("the machine hiccuped")
+        return None
+
+    journal = rehearse(executor=executor_with(rule=rule)).run()
+    assert _individuals(journal)["g01-i00"].payload["status"] == "OK"
+    lost = [e.payload["status"] for e in journal.of_kind("job") if e.key.startswith("g01-i00/0")]
+    assert lost == ["INFRA_LOST", "INFRA_LOST", "OK"]
+
+
+def test_one_lost_three_times_is_counted_as_lost_and_never_repaired(
+    rehearse: Rehearse, executor_with: Callable[..., Any]
+) -> None:
+    def rule(job: Job) -> JobResult | None:
+        if job.individual_id == "g01-i00":
+            raise InfrastructureFailure("the machine is broken")
+        return None
+
+    journal = rehearse(executor=executor_with(rule=rule)).run()
+    assert _individuals(journal)["g01-i00"].payload["status"] == "INFRA_LOST"
+    told = summary.summarise(load_sessioned(journal), 13, summary.FINISHED)
+    assert (told["lost"], told["exit_code"]) == (1, summary.LOST)
+    assert told["error_rate"] == 0.0
+
+
+def test_a_contended_trial_is_repeated_and_the_last_is_kept_and_marked(
+    rehearse: Rehearse, executor_with: Callable[..., Any]
+) -> None:
+    from dataclasses import replace
+
+    from tests.evolution.conftest import answer
+
+    def rule(job: Job) -> JobResult | None:
+        return replace(answer(job), contended=True) if job.individual_id == "g01-i00" else None
+
+    journal = rehearse(executor=executor_with(rule=rule)).run()
+    event = _individuals(journal)["g01-i00"]
+    assert event.payload["status"] == "OK"
+    assert event.measured["contended"]
+    tries = [e.payload["reason"] for e in journal.of_kind("job") if e.key.startswith("g01-i00/0")]
+    assert tries == ["contention", "contention", "none"]
+
+
+def test_code_that_was_seen_is_never_trained_twice(
+    rehearse: Rehearse, mutator_with: Callable[..., Any]
+) -> None:
+    journal = rehearse(mutator=mutator_with(numbers=2, max_drafts=3)).run()
+    trained = [e.payload["genome_id"] for e in journal.of_kind("job") if e.key.endswith("/0")]
+    assert len(trained) == len(set(trained))
+    told = summary.summarise(load_sessioned(journal), 13, summary.FINISHED)
+    assert told["duplicates"] > 0
+    total = told["ok"] + sum(told["failed"].values()) + told["lost"] + told["duplicates"]
+    assert total + told["not_started"] == told["requested"] == 13
+
+
+def test_copies_are_trained_where_duplicates_are_replicated(
+    rehearse: Rehearse, mutator_with: Callable[..., Any]
+) -> None:
+    rehearsal = rehearse(mutator=mutator_with(numbers=1), plan={"reject_duplicates": False})
+    made = _individuals(rehearsal.run())
+    fill = [event for event in made.values() if event.payload["generation"] == 0]
+    assert len({event.payload["genome_id"] for event in fill[1:]}) == 1
+    assert len({event.payload["metrics"]["val_perplexity"] for event in fill[1:]}) == 4
+
+
+def test_an_edit_that_only_changes_a_comment_or_a_seed_is_no_edit() -> None:
+    base = Genome.of({"train.py": "seed = 1\nmanual_seed(3)\nx = 1\n", "model.py": ""})
+    same = base.with_files({"train.py": '"""Doc."""\nseed = 7\nmanual_seed(9)  # luck\nx = 1\n'})
+    other = base.with_files({"train.py": "seed = 1\nmanual_seed(3)\nx = 2\n"})
+    assert same.fingerprint == base.fingerprint != other.fingerprint
+    assert same.id != base.id
+
+
+def test_a_base_that_does_not_train_ends_the_run_with_its_traceback(
+    rehearse: Rehearse, executor_with: Callable[..., Any], fail: Callable[..., JobResult]
+) -> None:
+    def rule(job: Job) -> JobResult:
+        return fail(job, Status.CRASHED, Reason.EXCEPTION)
+
+    with pytest.raises(BaseFailed, match="Traceback: boom"):
+        rehearse(executor=executor_with(rule=rule)).run()
+
+
+def test_a_cap_stops_the_run_and_resuming_finishes_it(rehearse: Rehearse) -> None:
+    whole = rehearse("whole").run()
+    with pytest.raises(Stopped, match="max_hours"):
+        rehearse("capped", plan={"max_hours": 1e-9}).run()
+    assert comparable(rehearse("capped").run().events()) == comparable(whole.events())
+
+
+def test_a_run_that_stands_still_finishes_early(
+    rehearse: Rehearse, executor_with: Callable[..., Any], fail: Callable[..., JobResult]
+) -> None:
+    def rule(job: Job) -> JobResult | None:
+        late = not job.individual_id.startswith("g00")
+        return fail(job, Status.CRASHED, Reason.EXCEPTION, "cannot be mended") if late else None
+
+    rehearsal = rehearse(
+        executor=executor_with(rule=rule),
+        plan={"n_generations": 9, "stagnation_generations": 2},
+    )
+    journal = rehearsal.run()
+    assert len(journal.of_kind("generation")) == 1 + 2
+    told = summary.summarise(load_sessioned(journal), rehearsal.the_plan.n_requested, "finished")
+    assert told["not_started"] == 7 * 3
+
+
+def test_memory_of_a_generation_is_not_told_to_siblings(rehearse: Rehearse) -> None:
+    rehearsal = rehearse()
+    rehearsal.run()
+    for request in rehearsal.mutator.requests:
+        told = {lesson.generation for lesson in request.lessons}
+        generations = {0 if request.ordinal < 4 else 1 + (request.ordinal - 4) // 3}
+        assert all(generation < min(generations) for generation in told)
+    assert len(rehearsal.mutator.requests[-1].lessons) == 10
+
+
+def test_the_base_is_repeated_among_the_others_and_gives_the_noise_floor(
+    rehearse: Rehearse,
+) -> None:
+    journal = rehearse().run()
+    order = [event.key for event in journal.of_kind("job")]
+    assert order.index("g00-i03/0") > order.index("g00-i00/repeat-1") > order.index("g00-i02/0")
+    assert "g00-i00/repeat-2" in order
+    noise = [event.payload["noise_sd"] for event in journal.of_kind("generation")]
+    assert all(sd is not None and 0 < sd < 0.01 for sd in noise)
+
+
+def test_the_closing_claim_is_made_on_test_with_fresh_seeds_interleaved(
+    rehearse: Rehearse,
+) -> None:
+    journal = rehearse().run()
+    claims = [event for event in journal.of_kind("job") if event.payload["purpose"] == "claim"]
+    selected = journal.of_kind("claim")[0].payload["selected_id"]
+    sides = [event.payload["individual_id"] for event in claims]
+    assert sides == ["g00-i00", selected, selected, "g00-i00"] * 2
+    assert all(event.payload["split"] == "test" for event in claims)
+    others = [event for event in journal.of_kind("job") if event.payload["purpose"] != "claim"]
+    assert all(event.payload["split"] != "test" for event in others)
+    seeds = [event.payload["seed"] for event in [*claims, *others] if event.payload["split"]]
+    assert len(set(seeds)) == len(seeds)
+    assert len(journal.of_kind("test_read")) == 8
+    claim = journal.of_kind("claim")[0].payload["claim"]
+    assert claim["n_base"] == claim["n_selected"] == 4
+    assert claim["ci95"][0] < claim["perplexity_percent"] < claim["ci95"][1]
+
+
+def test_rates_of_base_and_selected_are_timed_again(rehearse: Rehearse) -> None:
+    journal = rehearse().run()
+    timed = {event.key for event in journal.of_kind("retimed")}
+    assert {"g00-i00", journal.of_kind("claim")[0].payload["selected_id"]} <= timed
+    steps = [e.payload["max_steps"] for e in journal.of_kind("job") if "retime" in e.key]
+    assert set(steps) == {8, 30}
+
+
+def test_without_a_test_split_no_claim_is_made_and_it_is_said_why(rehearse: Rehearse) -> None:
+    journal = rehearse(plan={"has_test": False}).run()
+    closing = journal.of_kind("claim")[0].payload
+    assert closing["claim"] is None
+    assert closing["why_none"] == "the data set has no test split"
+    told = summary.summarise(load_sessioned(journal), 13, summary.FINISHED)
+    assert told["improvement"]["perplexity_percent"] is None
+
+
+def test_every_individual_leaves_its_code_patch_and_memory(rehearse: Rehearse) -> None:
+    rehearsal = rehearse()
+    made = _individuals(rehearsal.run())
+    for name, event in made.items():
+        folder = rehearsal.folder / "individuals" / name
+        assert Genome.from_folder(folder / "code").id == event.payload["genome_id"]
+        patch = (folder / "change.patch").read_text()
+        assert ("+step = " in patch) == (event.payload["editor_id"] is not None)
+        json.loads((folder / "memory.json").read_text())
+
+
+def test_only_the_living_the_base_and_the_best_keep_their_checkpoints(rehearse: Rehearse) -> None:
+    class Leaving:
+        def __init__(self, inner: Any) -> None:
+            self.inner, self.n_slots = inner, 1
+
+        def submit(self, job: Job) -> Any:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            (job.folder / "model.safetensors").write_bytes(b"weights")
+            return self.inner.submit(job)
+
+        def close(self, cancel: bool = False) -> None:
+            pass
+
+    rehearsal = rehearse()
+    rehearsal.executor = Leaving(rehearsal.executor)
+    journal = rehearsal.run()
+    living = set(journal.of_kind("generation")[-1].payload["population"])
+    kept = {
+        path.parent.name for path in (rehearsal.folder / "individuals").glob("*/model.safetensors")
+    }
+    assert living <= kept <= living | {"g00-i00"}
+
+
+def load_sessioned(journal: Journal) -> list[Any]:
+    """Return a rehearsal's events as a run would have them, with what its session adds."""
+    from darwin_exp.protocols import Event
+
+    events = load(journal.path.parent)
+    start = events[0].written_at
+    session = Event(0, "session", "0", {"what": "started"}, {}, start)
+    run = Event(0, "run", "run", {}, {"run_id": "rehearsal"}, start)
+    return [session, run, *events]
