@@ -21,7 +21,7 @@ from darwin_exp.trials import Trial, Trials
 
 AtOnce = Callable[[Iterable[Callable[[], Any]]], list[Any]]
 
-# The runs of a re-timing: name, share of the steps that the search's training claimed, fewest steps.
+# The runs of a re-timing: name, share of the steps claimed in the search, fewest steps.
 RETIMINGS = (("short", 0.08, 4), ("long", 0.3, 12))
 
 

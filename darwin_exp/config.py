@@ -86,7 +86,7 @@ class DatasetConfig:
     splits: list[float] = _key([0.85, 0.05, 0.05, 0.05], "shares of train, val, gate and test")
     dedup_blocks: bool = _key(True, "drop held-out blocks that stand in an earlier split")
     max_overlap: float = _key(0.05, "largest share of 13-word runs that train may share")
-    options: dict[str, str] = _key({}, "huggingface: subset, split, column")
+    options: dict[str, str] = _key({}, "huggingface: subset, split, text_column")
 
 
 @dataclass
@@ -329,6 +329,10 @@ def explain(error: BaseException) -> str:
     if found := re.search(r"missing mandatory value: (\S+)", text):
         key = getattr(error, "full_key", None) or found[1]
         return f"{key} must be set: {key}=VALUE"
+    if "raised while composing config" in text:
+        text = text.split("raised while composing config:", 1)[1].strip()
+        key = re.search(r"full_key: (\S+)", text)
+        return f"{key[1] if key else 'the configuration'}: {text.split(' full_key:')[0]}"
     first = (str(error).splitlines() or [type(error).__name__])[0]
     key = getattr(error, "full_key", None)
     return f"{key}: {first}" if key and str(key) not in first else first
@@ -507,8 +511,10 @@ def variants(group: str) -> dict[str, str]:
     """Return the variants of a group in conf/, each with the first comment line of its file."""
     found = {}
     for path in sorted((CONF / group).glob("*.yaml")):
-        first = path.read_text(encoding="utf-8").splitlines()[0]
-        found[path.stem] = first.removeprefix("#").strip()
+        lines = path.read_text(encoding="utf-8").splitlines()
+        found[path.stem] = next(
+            line.removeprefix("#").strip() for line in lines if not line.startswith("# @")
+        )
     return found
 
 

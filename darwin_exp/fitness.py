@@ -41,7 +41,7 @@ class PerplexityFitness:
         self,
         metrics: Mapping[str, float],
         rates: Mapping[str, float],
-        base: Individual | None,  # noqa: ARG002
+        base: Individual | None,
     ) -> float | None:
         """Return -log(val_perplexity), or None where it is unknown."""
         log_perplexity = _log(metrics, rates, PERPLEXITY)
@@ -56,7 +56,7 @@ class MfuFitness:
         self,
         metrics: Mapping[str, float],
         rates: Mapping[str, float],
-        base: Individual | None,  # noqa: ARG002
+        base: Individual | None,
     ) -> float | None:
         """Return mfu, or None where it is unknown."""
         mfu = metrics.get(MFU, rates.get(MFU))

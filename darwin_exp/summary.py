@@ -153,13 +153,11 @@ def _improvement(closing: Event | None, sides: Mapping[str, Any]) -> dict[str, A
 
 def _seconds(events: Sequence[Event]) -> dict[str, Any]:
     jobs = [event.measured for event in events if event.kind == "job"]
-    generations = [event for event in events if event.kind == "generation"]
-    starts = [event.written_at for event in generations]
+    ends = [event.written_at for event in events if event.kind == "generation"]
     begun = next(event.written_at for event in events if event.kind == "run")
-    pairs = zip([begun, *starts], starts, strict=False)
     return {
         "total": _alive(events),
-        "per_generation": [after - before for before, after in pairs],
+        "per_generation": (ends[-1] - begun) / len(ends) if ends else None,
         "startup": sum(job["startup_seconds"] for job in jobs),
         "training": sum(job["training_seconds"] for job in jobs),
         "scoring": sum(job["scoring_seconds"] for job in jobs),

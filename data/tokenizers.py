@@ -136,7 +136,7 @@ class Gpt2:
 
     def __init__(self, ranks: dict[bytes, int], end_of_text: int) -> None:
         import tiktoken
-        from tiktoken_ext.openai_public import (  # type: ignore[import-untyped]
+        from tiktoken_ext.openai_public import (
             ENDOFTEXT,
             r50k_pat_str,
         )

@@ -116,7 +116,7 @@ def draw_prefixes(
 
     Args:
         windows: all scored windows, each with the token after it (n_windows, T + 1).
-        n: how many prefixes at least, as far as there are windows: each is used once.
+        n: about how many prefixes; whole batches are filled, and no window is used twice.
     """
     T = windows.shape[1] - 1
     n_batches, B = schedule.windows.shape

@@ -17,7 +17,7 @@ Changed = cst.CSTNode | cst.RemovalSentinel | cst.FlattenSentinel[cst.BaseStatem
 Change = Callable[[cst.CSTNode, cst.CSTNode], Changed]
 
 
-# Where nothing is ever looked for: most of a tree is layout, and skipping it saves most of the time.
+# Most of a tree is layout, in which nothing is ever looked for; skipping it saves most time.
 _LAYOUT = (cst.BaseParenthesizableWhitespace, cst.TrailingWhitespace, cst.EmptyLine, cst.Comma)
 
 

@@ -86,7 +86,7 @@ class BubblewrapSandbox(SupervisedSandbox):
     def isolated(self) -> bool:
         return True
 
-    def _places(self, folder: Path) -> dict[str, str]:  # noqa: ARG002
+    def _places(self, folder: Path) -> dict[str, str]:
         return {"HOME": "/tmp", "TMPDIR": "/tmp"}
 
     def _command(self, launch: Launch, folder: Path) -> list[str] | None:

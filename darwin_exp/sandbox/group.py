@@ -193,6 +193,10 @@ class Group:
                 raise InfrastructureFailure("a process of the group survived being killed")
             return self._exit
 
+    @property
+    def closed(self) -> bool:
+        return self._exit is not None
+
     def _open_channel(self) -> tuple[int, int]:
         if self._exit is not None:
             raise EOFError("the group is closed")

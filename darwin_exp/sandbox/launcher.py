@@ -16,11 +16,11 @@ import faulthandler
 import importlib.util
 import json
 import os
-import runpy
 import sys
 import tempfile
 import threading
 import traceback
+import types
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,7 +77,7 @@ def launch(zone: str, threads: int, serve: Serve | None) -> int:
     try:
         if zone == "train":
             sys.argv = ["train.py", str(job_path)]
-            runpy.run_path(os.path.join(code, "train.py"), run_name="__main__")
+            _run_as_main(os.path.join(code, "train.py"))
         else:
             assert serve is not None, "no model server was given"
             job = json.loads(job_path.read_text(encoding="utf-8"))
@@ -105,6 +105,18 @@ def end(status: int) -> None:
         with contextlib.suppress(BaseException):
             stream.flush()
     os._exit(status)
+
+
+def _run_as_main(path: str) -> None:
+    """Run a file as the interpreter runs a script.
+
+    `runpy` would set `sys.argv[0]` to the path and take `__main__` away again afterwards, while
+    the genome's threads and exit functions may still need it.
+    """
+    program = types.ModuleType("__main__")
+    program.__file__ = path
+    sys.modules["__main__"] = program
+    exec(compile(Path(path).read_bytes(), path, "exec"), program.__dict__)
 
 
 def _use_threads(threads: int) -> None:

@@ -37,5 +37,5 @@ class ProcessSandbox(SupervisedSandbox):
         except OSError as error:
             raise SandboxUnavailable("sandbox=process needs Linux 5.3 or newer") from error
 
-    def _command(self, launch: Launch, folder: Path) -> list[str] | None:  # noqa: ARG002
+    def _command(self, launch: Launch, folder: Path) -> list[str] | None:
         return None

@@ -109,13 +109,20 @@ def kernel_oom_kills() -> int:
     return 0
 
 
-class Usage:
-    """What a group has used since its ready signal.
+def owed_seconds(
+    longest_wait: float, wall_seconds: float, n_cpus: int, cpu_seconds: float
+) -> float:
+    """Return the run delay that others caused a group.
 
-    Run delay is the longest that any one task waited for a CPU, but never more than the CPU time
-    that the slot's CPUs had left over: where a group over-subscribes its own CPUs its tasks wait
-    for one another, and nobody else is to blame.
+    It is the longest that any one task stood runnable without a CPU, but never more than what
+    the group left unused of its slot's CPUs: a group that over-subscribes them makes its tasks
+    wait for one another, and nobody else is to blame.
     """
+    return max(0.0, min(longest_wait, wall_seconds * n_cpus - cpu_seconds))
+
+
+class Usage:
+    """What a group has used since its ready signal."""
 
     def __init__(self, n_cpus: int) -> None:
         self._n_cpus = n_cpus
@@ -149,9 +156,9 @@ class Usage:
         self._cpu = max(self._cpu, self._cpu_of([]))
         cpu_seconds = max(0.0, self._cpu - self._cpu_before)
         wall_seconds = (self._ended_at or time.monotonic()) - self._started_at
-        spare_seconds = max(0.0, wall_seconds * self._n_cpus - cpu_seconds)
         waited = (delay - self._delay_before.get(t, 0.0) for t, delay in self._delay.items())
-        return cpu_seconds, min(max(waited, default=0.0), spare_seconds)
+        longest = max(waited, default=0.0)
+        return cpu_seconds, owed_seconds(longest, wall_seconds, self._n_cpus, cpu_seconds)
 
     @staticmethod
     def _cpu_of(pids: list[int]) -> float:

@@ -66,6 +66,11 @@ class ForkServer:
         self._lock = threading.Lock()
         self._warm = False
 
+    @property
+    def pid(self) -> int:
+        """Its process id; every process of every group descends from it."""
+        return self._process.pid
+
     def build_house(self) -> bool:
         """Wait for its first message; return whether candidates get a house of their own.
 
@@ -152,7 +157,7 @@ class SupervisedSandbox:
         self._modules = modules
         self._uid = uid + slot if os.geteuid() == 0 else None
         self._root = WorkRoot()
-        self._groups: weakref.WeakSet[Group] = weakref.WeakSet()
+        self._groups: set[Group] = set()
         self._closing = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closed = threading.Event()
         self._ending = threading.Lock()
@@ -171,7 +176,8 @@ class SupervisedSandbox:
             hidden=[str(folder) for folder in hidden],
         )
         self._fork_server = ForkServer(settings, self._root.path)
-        self._end = weakref.finalize(self, _end, self._fork_server, self._root)
+        weakref.finalize(self, os.close, self._closing)
+        self._end = weakref.finalize(self, _end, self._groups, self._fork_server, self._root)
         try:
             self._housed = self._fork_server.build_house()
         except BaseException:
@@ -213,6 +219,7 @@ class SupervisedSandbox:
             descriptors += [their_read, their_write]
             channel = (our_read, our_write)
         group = Group(work, Wire(ours), channel)
+        self._groups.difference_update([old for old in list(self._groups) if old.closed])
         self._groups.add(group)
         try:
             try:
@@ -234,9 +241,6 @@ class SupervisedSandbox:
         self._closed.set()
         os.eventfd_write(self._closing, 1)
         with self._ending:
-            for group in list(self._groups):
-                with contextlib.suppress(InfrastructureFailure):
-                    group.close()
             self._end()
 
     def _command(self, launch: Launch, folder: Path) -> list[str] | None:
@@ -277,6 +281,10 @@ def _address_space_bytes(limits: Limits) -> int | None:
     return (limits.memory_mb + ADDRESS_SPACE_SPARE_MB) << 20
 
 
-def _end(fork_server: ForkServer, root: WorkRoot) -> None:
+def _end(groups: set[Group], fork_server: ForkServer, root: WorkRoot) -> None:
+    for group in list(groups):
+        with contextlib.suppress(InfrastructureFailure, OSError):
+            group.close()
     fork_server.close()
-    root.remove()
+    with contextlib.suppress(OSError):
+        root.remove()

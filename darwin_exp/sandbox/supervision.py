@@ -24,6 +24,7 @@ from typing import Any
 
 from darwin_exp.sandbox import confinement
 from darwin_exp.sandbox.confinement import Order
+from darwin_exp.sandbox.launcher import OUT_OF_MEMORY_CODE
 from darwin_exp.sandbox.processes import (
     Usage,
     descendants,
@@ -109,7 +110,7 @@ def supervise(
 def _hand_over(folder: Path, uid: int) -> None:
     """Let a user into its working folder, and let it write to `out/` and `tmp/` only."""
     os.chown(folder, 0, uid)
-    folder.chmod(0o750)
+    folder.chmod(0o550)
     for name in ("out", "tmp"):
         os.chown(folder / name, uid, uid)
 
@@ -211,7 +212,7 @@ class Supervisor:
             cpu_seconds, run_delay_seconds = self._usage.totals()
             exit_ = {
                 "code": None if self._killed else self._status,
-                "out_of_memory": self._out_of_memory,
+                "out_of_memory": self._out_of_memory or self._status == OUT_OF_MEMORY_CODE,
                 "cpu_seconds": cpu_seconds,
                 "run_delay_seconds": run_delay_seconds,
             }

@@ -48,16 +48,26 @@ class WorkRoot:
             self._count += 1
             folder = self.path / f"job-{self._count}"
             folder.mkdir(mode=0o755)
-            genome.write_to(folder / "code")
-            (folder / "job.json").write_text(json.dumps(dict(job)), encoding="utf-8")
-            (folder / "in").mkdir()
-            for name, source in inputs.items():
-                os.link(self._stage(source), folder / "in" / plain_name(name))
-            for path in folder.rglob("*"):
-                path.chmod(0o555 if path.is_dir() else 0o444)
-            for name in ("out", "tmp"):
-                (folder / name).mkdir(mode=0o700)
+            try:
+                self._lay_out(folder, genome, inputs, job)
+            except BaseException:
+                remove_tree(folder)
+                raise
         return WorkFolder(folder)
+
+    def _lay_out(
+        self, folder: Path, genome: Genome, inputs: Mapping[str, Path], job: Mapping[str, Any]
+    ) -> None:
+        genome.write_to(folder / "code")
+        (folder / "job.json").write_text(json.dumps(dict(job)), encoding="utf-8")
+        (folder / "in").mkdir()
+        for name, source in inputs.items():
+            os.link(self._stage(source), folder / "in" / plain_name(name))
+        for path in folder.rglob("*"):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        for name in ("out", "tmp"):
+            (folder / name).mkdir(mode=0o700)
+        folder.chmod(0o555)
 
     def _stage(self, source: Path) -> Path:
         """Return a read-only copy of an input, made once and shared by all who need it."""

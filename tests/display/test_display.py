@@ -155,12 +155,20 @@ def test_only_the_last_eight_individuals_stay_in_the_picture() -> None:
 
 def test_the_terminal_is_given_back_when_a_run_fails() -> None:
     console, out = terminal(80)
-    with pytest.raises(KeyboardInterrupt), LiveDisplay(console) as display:
-        play(display)
-        raise KeyboardInterrupt
+    display = LiveDisplay(console)
+
+    def interrupted_run() -> None:
+        with display:
+            play(display)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_run()
     hidden, shown = "\x1b[?25l", "\x1b[?25h"
     assert out.getvalue().rindex(shown) > out.getvalue().rindex(hidden)
-    assert not [t for t in threading.enumerate() if "refresh" in type(t).__name__.lower()]
+    at_the_end = out.tell()
+    time.sleep(1.2)  # more than two refreshes
+    assert out.tell() == at_the_end, "it still draws"
 
 
 def test_many_threads_may_show_things_at_once() -> None:

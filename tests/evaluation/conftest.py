@@ -54,19 +54,9 @@ def make_job(data: DataSpec, tmp_path: Path) -> MakeJob:
     """Return a function that builds a job from the text of train.py and model.py."""
 
     def make(train: str = "", model: str = "", **changes: Any) -> Job:
-        evaluation: dict[str, Any] = {
-            "split": "val",
-            "n_prefixes": 48,
-            "batch_tokens": 16 * T,
-            "seconds": 60.0,
-        }
-        evaluation |= {"verify_rate": False} | changes.pop("evaluation", {})
-        training: dict[str, Any] = {
-            "budget_seconds": 10.0,
-            "max_steps": 3,
-            "seed": 1,
-            "context_length": T,
-        }
+        evaluation = {"split": "val", "n_prefixes": 48, "batch_tokens": 16 * T, "seconds": 60.0}
+        evaluation |= {"verify_rate": False, **changes.pop("evaluation", {})}
+        training = {"budget_seconds": 10.0, "max_steps": 3, "seed": 1, "context_length": T}
         training |= changes.pop("training", {})
         fields: dict[str, Any] = {
             "job_id": "job-1",
@@ -74,15 +64,19 @@ def make_job(data: DataSpec, tmp_path: Path) -> MakeJob:
             "purpose": Purpose.SEARCH,
             "genome": Genome.of({"train.py": train, "model.py": model}),
             "data": data,
-            "training": TrainingSpec(**training),
+            "training": TrainingSpec(**_any(training)),
             "sandbox": SandboxSpec("process"),
-            "evaluation": EvaluationSpec(**evaluation),
+            "evaluation": EvaluationSpec(**_any(evaluation)),
             "secret": b"the harness alone knows",
             "folder": tmp_path / "job",
         }
         return Job(**(fields | changes))
 
     return make
+
+
+def _any(fields: Any) -> Any:
+    return fields
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +86,7 @@ def zoo() -> str:
 
 
 @pytest.fixture
-def score(make_job: MakeJob, zoo: str, sandbox: ProcessSandbox, tmp_path: Path) -> Score:
+def score(make_job: MakeJob, zoo: str, sandbox: Any, tmp_path: Path) -> Score:
     """Return a function that saves a model of the zoo and has it scored."""
     from safetensors.torch import save_file
 
@@ -115,6 +109,6 @@ def score(make_job: MakeJob, zoo: str, sandbox: ProcessSandbox, tmp_path: Path) 
         (artefacts / "model.json").write_text(json.dumps(arguments))
         claims = {"training_seconds": 1.0, **job.pop("training_run", {})}
         training = TrainingRun(Status.OK, artefacts=artefacts, **claims)
-        return Scorer().evaluate(make_job("", zoo, **job), training, sandbox)
+        return Scorer().evaluate(make_job(**{"model": zoo, **job}), training, sandbox)
 
     return run

@@ -83,7 +83,7 @@ def test_d2_a_run_cut_anywhere_and_resumed_is_the_uninterrupted_one(
     n_jobs = len(whole.of_kind("job"))
     assert n_jobs > 20
 
-    for cut_at in range(0, n_jobs, 3):
+    for cut_at in range(0, n_jobs, 6):
         answered = 0
 
         def rule(job: Job, cut_at: int = cut_at) -> None:

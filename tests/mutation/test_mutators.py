@@ -116,7 +116,7 @@ class TestEveryMutator:
                     json.loads(text)
 
     def test_the_same_random_numbers_give_the_same_proposal(self, mutator: Mutator) -> None:
-        for ordinal in range(4):
+        for ordinal in range(2):
             asked = request(ordinal=ordinal)
             assert mutator.propose(asked, Random(7)) == mutator.propose(asked, Random(7))
 
@@ -152,12 +152,12 @@ class TestEveryMutator:
 
 
 def test_other_random_numbers_give_other_proposals() -> None:
-    drawn = {Operators().propose(request(), Random(seed)).genome.id for seed in range(12)}
-    assert len(drawn) >= 8
+    drawn = {Operators().propose(request(), Random(seed)).genome.id for seed in range(10)}
+    assert len(drawn) >= 7
 
 
 def test_as_many_edits_are_drawn_as_asked_for_and_each_about_something_else() -> None:
-    for seed in range(10):
+    for seed in range(6):
         proposal = Operators((2, 4)).propose(request(), Random(seed))
         assert 2 <= proposal.n_new <= 4
         abouts = [EDITS[edit.operator].about for edit in proposal.new_edits]
@@ -185,7 +185,7 @@ def test_what_a_lineage_holds_is_not_drawn_again_unless_it_may_be_repeated() -> 
         operators_of(
             Operators((1, 1)).propose(request(parent, lessons=(again,) * 20), Random(s)).new_edits
         )
-        for s in range(40)
+        for s in range(15)
     ]
     assert ["higher_rate"] in often
 
@@ -195,10 +195,10 @@ def test_lessons_steer_what_is_drawn() -> None:
     bad = Lesson("y", 1, "p", "e", (CLIP,), "", Status.CRASHED)
     asked = request(lessons=(good,) * 20 + (bad,) * 20)
     drawn = [
-        Operators((1, 1)).propose(asked, Random(seed)).new_edits[0].operator for seed in range(60)
+        Operators((1, 1)).propose(asked, Random(seed)).new_edits[0].operator for seed in range(30)
     ]
-    assert drawn.count("untied_head") > 15
-    assert drawn.count("gradient_clip") <= 5
+    assert drawn.count("untied_head") > 8
+    assert drawn.count("gradient_clip") <= 3
 
 
 def test_an_edit_that_does_not_fit_is_skipped_and_another_drawn() -> None:

@@ -356,7 +356,8 @@ import pickle, sys
 from pathlib import Path
 from darwin_exp.tracking import MlflowTracker
 store, folder = arguments if "arguments" in globals() else sys.argv[1:]
-tracker = MlflowTracker(f"sqlite:///{store}", Path(store).parent / "artifacts", "baseline", Path(folder))
+artifacts = Path(store).parent / "artifacts"
+tracker = MlflowTracker(f"sqlite:///{store}", artifacts, "baseline", Path(folder))
 for event in pickle.loads((Path(folder) / "events.pickle").read_bytes()):
     tracker.follow(event)
 remaining = tracker.close(120)
@@ -397,7 +398,10 @@ def test_a_killed_tracker_leaves_no_gap_and_no_double(run: FakeRun, processes: A
     assert deliver(run, run.events) == 0
     found = by_individual(run.store)
     assert set(found) == {"parent", *run.names}
+    parent = found.pop("parent")
+    assert parent.info.status == "RUNNING", "its end was not among the events"
     assert {run.info.status for run in found.values()} == {"FINISHED", "FAILED"}
+    assert all(artifacts_of(run) >= {"code/train.py", "train.log"} for run in found.values())
 
 
 def test_mlflow_says_nothing_on_the_terminal(run: FakeRun) -> None:
