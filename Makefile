@@ -46,7 +46,7 @@ bench: setup ## run the benchmarks and print their table
 
 ui: setup ## the MLflow UI on this checkout's runs, at http://127.0.0.1:5000
 	@mkdir -p runs
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.sqlite --default-artifact-root $(CURDIR)/runs/mlartifacts --host 127.0.0.1 --port 5000
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.sqlite --default-artifact-root $(CURDIR)/runs/mlartifacts --host 127.0.0.1 --port 5000
 
 clean: ## remove caches and the environment; runs and data stay
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

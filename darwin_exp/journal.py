@@ -26,7 +26,8 @@ from typing import Any
 from darwin_exp.protocols import Event
 
 FILE_NAME = "journal.sqlite"
-SESSION_KINDS = frozenset({"session", "end"})  # tell of processes, not of the evolution
+# What tells of processes and of measured times, not of the evolution's course.
+INCOMPARABLE_KINDS = frozenset({"session", "end", "timing", "retimed"})
 _NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "glusterfs", "beegfs"}
 )
@@ -203,7 +204,7 @@ def comparable(events: list[Event]) -> list[tuple[str, str, str]]:
     return [
         (event.kind, event.key, _canonical(event.payload))
         for event in events
-        if event.kind not in SESSION_KINDS
+        if event.kind not in INCOMPARABLE_KINDS
     ]
 
 

@@ -227,7 +227,10 @@ class Sandboxed(Protocol):
 class Sandbox(Protocol):
     """Runs untrusted programs of one slot; what is our failure raises InfrastructureFailure."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Return what the configuration calls it."""
+        ...
 
     def start(self, launch: Launch) -> Sandboxed:
         """Start a program and return once it has signalled ready.

@@ -152,7 +152,7 @@ def _improvement(closing: Event | None, sides: Mapping[str, Any]) -> dict[str, A
 
 
 def _seconds(events: Sequence[Event]) -> dict[str, Any]:
-    jobs = [event.measured for event in events if event.kind == "job"]
+    jobs = [event.measured for event in events if event.kind in ("job", "timing")]
     ends = [event.written_at for event in events if event.kind == "generation"]
     begun = next(event.written_at for event in events if event.kind == "run")
     return {

@@ -97,13 +97,16 @@ class MlflowTracker(Outbox):
         return self._mirror.runs.get("")
 
 
-def initialise_store(store_uri: str, artifact_folder: Path) -> None:
+def initialise_store(store_uri: str) -> None:
     """Create a store's tables, alone; call it before anything else may open a fresh store.
 
     Raises:
         StoreUnavailable: the store cannot be written.
     """
-    _Mirror(store_uri, artifact_folder, "baseline", artifact_folder, {}, None).open()
+    client_class = _quiet_client_class()
+    with _alone(_sqlite_file(store_uri)):
+        _probe(_sqlite_file(store_uri))
+        client_class(store_uri)
 
 
 class _Mirror:
@@ -119,7 +122,7 @@ class _Mirror:
         sweep_id: str | None,
     ) -> None:
         self._uri = store_uri
-        self._file = Path(store_uri[len(SQLITE) :]) if store_uri.startswith(SQLITE) else None
+        self._file = _sqlite_file(store_uri)
         self._artifact_folder = artifact_folder
         self._experiment_name = f"darwin/{experiment}"
         self._run_folder = run_folder
@@ -162,7 +165,7 @@ class _Mirror:
         # MLflow builds its tables in many small steps and several processes doing so at once
         # leave a store that nobody can open again.
         with _alone(self._file):
-            self._probe()
+            _probe(self._file)
             uri = self._uri
             if self._file is not None:
                 replaced = self._inode not in (0, self._inode_now())
@@ -188,21 +191,10 @@ class _Mirror:
     def surely_works(self) -> bool:
         """Return whether the store is known to take writes, so that a failure is the event's."""
         try:
-            self._probe()
+            _probe(self._file)
         except StoreUnavailable:
             return False
         return self._file is not None
-
-    def _probe(self) -> None:
-        if self._file is None:
-            return
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.closing(sqlite3.connect(self._file, timeout=1.0)) as connection:
-                connection.execute("BEGIN IMMEDIATE")
-                connection.execute("ROLLBACK")
-        except (OSError, sqlite3.Error) as error:
-            raise StoreUnavailable(f"{self._file}: {error}") from error
 
     def _inode_now(self) -> int:
         if self._file is None:
@@ -222,7 +214,9 @@ class _Mirror:
         if self._file is not None:
             folder = self._artifact_folder.absolute() / self._experiment_name
             location = folder.as_uri()
-        return str(client.create_experiment(self._experiment_name, artifact_location=location))
+        # Without a kind the UI shows an experiment's runs among those of language-model apps.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        return str(client.create_experiment(self._experiment_name, location, tags))
 
     def _find_sweep(self, sweep_id: str) -> str:
         role = f"tags.`darwin.sweep_id` = '{sweep_id}' and tags.`darwin.role` = 'sweep'"
@@ -255,7 +249,7 @@ class _Mirror:
         handler = self._kinds.get(event.kind)
         if handler is None:
             return
-        self._probe()
+        _probe(self._file)
         if stop():
             raise InterruptedError("tracking was closed")
         handler(event, history)
@@ -479,6 +473,29 @@ def _note_of_individual(payload: Mapping[str, Any], edits: Sequence[Mapping[str,
     if payload.get("message"):
         lines += ["", f"**{payload.get('status')}** {payload.get('message')}"]
     return "\n".join(lines)
+
+
+def _sqlite_file(store_uri: str) -> Path | None:
+    return Path(store_uri[len(SQLITE) :]) if store_uri.startswith(SQLITE) else None
+
+
+def _probe(store: Path | None) -> None:
+    """Make sure that a SQLite store takes writes now; nothing is asked of other stores.
+
+    MLflow itself would retry a file that it cannot open for minutes, and loudly.
+
+    Raises:
+        StoreUnavailable: it is locked, read-only, or cannot be made.
+    """
+    if store is None:
+        return
+    try:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(sqlite3.connect(store, timeout=1.0)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+    except (OSError, sqlite3.Error) as error:
+        raise StoreUnavailable(f"{store}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -90,7 +90,7 @@ class Trials:
             job = self._job(trial, attempt)
             last = attempt == MAX_TRIES - 1
             event = self._journal.once(
-                "job",
+                "timing" if trial.purpose is Purpose.RETIME else "job",
                 job.job_id,
                 lambda job=job, last=last: self._carry_out(job, last),  # type: ignore[misc]
                 given={

@@ -239,6 +239,11 @@ def matrix_watch() -> Callable[[Mapping[str, Tensor], Tensor], Any]:
                 place = self._place(weight)
                 self._roots[place] = self._roots.get(place, frozenset()) | {name}
 
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            # Skipping it costs two seconds of imports, and nothing is compiled in here anyway.
+            return False
+
         @staticmethod
         def _place(tensor: Tensor) -> int:
             return tensor.untyped_storage().data_ptr()

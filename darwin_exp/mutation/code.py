@@ -26,7 +26,6 @@ from darwin_exp.mutation.syntax import (
     argument_of_one_plus_cosine,
     calls,
     changed,
-    has_argument,
     has_comment,
     import_order,
     is_definition,
@@ -276,24 +275,6 @@ class Code(Roles):
             body[position] = first.with_changes(leading_lines=[])
         body.insert(position, new)
         self._module = self._module.with_changes(body=body)
-
-    def follow_up(self, method: Method, name: str, then: Callable[[str], str]) -> None:
-        """Add statements after the first `variable = ... self.X(name) ...` of a method.
-
-        Raises:
-            EditFailed: no variable is made that way.
-        """
-        node = self._method(method)
-        block = cast(cst.IndentedBlock, node.body)
-        for position, line in enumerate(block.body):
-            target = sole_target(line)
-            made = any(own_call(n) is not None and has_argument(n, name) for n in walk(line))
-            if isinstance(target, cst.Name) and made:
-                body = list(block.body)
-                body[position + 1 : position + 1] = statements(then(target.value))
-                self._swap(node, node.with_changes(body=block.with_changes(body=body)))
-                return
-        raise does_not_apply(f"{self.path}: {'.'.join(method)} makes nothing of {name}")
 
     def insert_before(self, name: str, source: str) -> None:
         """Add top-level definitions before the class or function of this name."""

@@ -232,28 +232,6 @@ class LogitSoftCap(ModelEdit):
         return f"{self.title} at {parameters['cap']:g}"
 
 
-class EmbeddingNorm(ModelEdit):
-    """Source: Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization"."""
-
-    name = "embedding_norm"
-    about = "embedding"
-    title = "norm after the embedding"
-    why = "A stream that starts at unit scale lets the small initial embeddings count at once."
-    hope = "a faster start"
-
-    def rewrite(self, code: Code, parameters: Parameters) -> None:
-        model = code.model_class()
-        forward = (model, "forward")
-        if code.uses("rms_norm", forward):
-            raise does_not_apply(f"{self.name}: there already")
-        code.follow_up(
-            forward,
-            code.parameter_of(forward),
-            lambda stream: f"{stream} = F.rms_norm({stream}, ({stream}.size(-1),))",
-        )
-        code.need("F")
-
-
 MODEL_EDITS: tuple[BuiltInEdit, ...] = (
     SquaredReLU(),
     RMSNorm(),
@@ -261,5 +239,4 @@ MODEL_EDITS: tuple[BuiltInEdit, ...] = (
     QKNorm(),
     ZeroProjections(),
     LogitSoftCap(),
-    EmbeddingNorm(),
 )

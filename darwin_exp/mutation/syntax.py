@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Collection
-from typing import TypeGuard, cast
+from operator import is_not
+from typing import Any, TypeGuard, cast
 
 import libcst as cst
 
@@ -21,13 +22,24 @@ Change = Callable[[cst.CSTNode, cst.CSTNode], Changed]
 _LAYOUT = (cst.BaseParenthesizableWhitespace, cst.TrailingWhitespace, cst.EmptyLine, cst.Comma)
 
 
+class _Matters(dict[type, bool]):
+    """Whether nodes of a type are looked at; remembered, since libcst's own check is slow."""
+
+    def __missing__(self, kind: type) -> bool:
+        self[kind] = issubclass(kind, cst.CSTNode) and not issubclass(kind, _LAYOUT)
+        return self[kind]
+
+
+_MATTERS = _Matters()
+
+
 def walk(node: cst.CSTNode) -> list[cst.CSTNode]:
     """Return a node and all below it but layout, outermost first and otherwise as written."""
     found = [node]
     for name in node.__dataclass_fields__:
         value = getattr(node, name)
         for child in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(child, cst.CSTNode) and not isinstance(child, _LAYOUT):
+            if _MATTERS[type(child)]:
                 found += walk(child)
     return found
 
@@ -43,7 +55,7 @@ def changed(node: cst.CSTNode, change: Change) -> Changed:
         value = getattr(node, name)
         if isinstance(value, list | tuple):
             children = [part for child in value for part in _parts(child, change)]
-            if len(children) != len(value) or any(a is not b for a, b in zip(children, value)):  # noqa: B905
+            if len(children) != len(value) or any(map(is_not, children, value)):
                 new[name] = children
         elif isinstance(value, cst.CSTNode):
             (child,) = _parts(value, change)
@@ -52,8 +64,8 @@ def changed(node: cst.CSTNode, change: Change) -> Changed:
     return change(node, node.with_changes(**new) if new else node)
 
 
-def _parts(child: object, change: Change) -> list[object]:
-    if not isinstance(child, cst.CSTNode) or isinstance(child, _LAYOUT):
+def _parts(child: Any, change: Change) -> list[Any]:
+    if not _MATTERS[type(child)]:
         return [child]
     result = changed(child, change)
     if isinstance(result, cst.RemovalSentinel):

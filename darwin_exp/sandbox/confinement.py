@@ -101,7 +101,7 @@ def adopt_orphans() -> None:
 # --- the unprivileged user --------------------------------------------------------------------
 
 
-def claim_uid(first: int, running: Iterable[int]) -> tuple[int, socket.socket]:
+def claim_uid(first: int) -> tuple[int, socket.socket]:
     """Reserve a user id that no process runs as, and that no other launch has reserved.
 
     It makes "every process of this user" mean "every process of this group", which the kernel
@@ -110,7 +110,6 @@ def claim_uid(first: int, running: Iterable[int]) -> tuple[int, socket.socket]:
     Raises:
         OSError: every id that might be tried is taken.
     """
-    in_use = set(running)
     for uid in range(first, first + UID_STRIDE * MAX_OVERLAPPING, UID_STRIDE):
         claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
@@ -118,10 +117,20 @@ def claim_uid(first: int, running: Iterable[int]) -> tuple[int, socket.socket]:
         except OSError:
             claim.close()
             continue
-        if uid not in in_use:
+        if not has_processes(uid):
             return uid, claim
         claim.close()
     raise OSError(f"no user id is free from {first} on in steps of {UID_STRIDE}")
+
+
+def has_processes(uid: int) -> bool:
+    """Say whether any process runs as a user, ended ones included that nobody waited for."""
+    try:
+        # The kernel looks through all processes for it, newcomers last, so that none can hide.
+        os.getpriority(os.PRIO_USER, uid)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def become(uid: int) -> None:

@@ -51,6 +51,7 @@ def load_server(path: Path) -> Serve:
     if spec is None or spec.loader is None:
         raise FileNotFoundError(path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
     spec.loader.exec_module(module)
     serve: Serve = module.serve
     return serve

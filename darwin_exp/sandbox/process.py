@@ -1,9 +1,15 @@
 """The bare process sandbox: candidates are forked from a warm interpreter, in milliseconds.
 
-What it protects from depends on who the harness is. As root, a candidate runs as a user of its
-own, in a house of its own: no network, a read-only world, a private /tmp. As anyone else, it runs
-as the same user and only its limits hold it: that is for code of our own, or for careless code,
-and not for hostile code.
+What it protects from depends on who the harness is.
+
+- As root that may make mount namespaces, a candidate runs as a user of its own in a house of its
+  own: no network, a read-only world, a private /tmp, and no sight of `hidden` folders.
+- As root that may not (in most containers), it runs as a user of its own; file modes alone
+  protect files, and the network is open.
+- As anyone else, it runs as the same user: its limits hold what is careless, and nothing holds
+  what is hostile. That is for code of our own.
+
+In no case is the disk space bounded that many files take together, only the size of each.
 """
 
 from __future__ import annotations

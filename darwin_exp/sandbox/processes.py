@@ -12,7 +12,6 @@ import os
 import resource
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,18 +66,16 @@ def descendants(root: int) -> list[Process]:
     return found
 
 
-def users() -> Iterator[tuple[int, int, int]]:
-    """Yield process id, real user id and number of tasks of every process that we can see."""
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        try:
+def count_tasks(uid: int) -> int:
+    """Return how many tasks, threads included, a user runs."""
+    total = 0
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
             status = Path(f"/proc/{name}/status").read_text(errors="replace")
-        except OSError:
-            continue
-        fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-        if not fields.get("State", "").strip().startswith(("Z", "X")):
-            yield int(name), int(fields["Uid"].split()[0]), int(fields["Threads"])
+            fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+            if int(fields["Uid"].split()[0]) == uid and "Threads" in fields:
+                total += int(fields["Threads"])
+    return total
 
 
 def resident_bytes(pid: int) -> int:

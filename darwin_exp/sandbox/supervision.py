@@ -26,11 +26,12 @@ from darwin_exp.sandbox import confinement
 from darwin_exp.sandbox.confinement import Order
 from darwin_exp.sandbox.launcher import OUT_OF_MEMORY_CODE
 from darwin_exp.sandbox.processes import (
+    Process,
     Usage,
+    count_tasks,
     descendants,
     kernel_oom_kills,
     resident_bytes,
-    users,
 )
 from darwin_exp.sandbox.wire import Wire
 
@@ -76,12 +77,12 @@ def supervise(
         In the candidate, what it shall now do; in the supervisor, when all is over, None.
     """
     confinement.adopt_orphans()
-    uid, claim = None, None
-    running = list(users())
-    if order.uid is not None:
-        uid, claim = confinement.claim_uid(order.uid, (owner for _, owner, _ in running))
+    uid, claim, own_tasks = None, None, 0
+    if order.uid is None:
+        own_tasks = count_tasks(os.getuid())
+    else:
+        uid, claim = confinement.claim_uid(order.uid)
         _hand_over(Path(order.folder), uid)
-    own_tasks = sum(n for _, owner, n in running if owner == os.getuid()) if uid is None else 0
     ready, ready_end = os.pipe()
     log, log_end = os.pipe()
     main = os.fork()
@@ -258,9 +259,14 @@ class Supervisor:
     def _freeze(self) -> bool:
         """Stop every process of the group; return whether nothing in it can run any more."""
         if not self._frozen:
+            self._reap()
+            if self._status is None:
+                os.kill(self._main, signal.SIGSTOP)  # first who matters most, then everyone
+            self._usage.end()
+            if self._uid is not None and confinement.has_processes(self._uid):
+                confinement.signal_user(self._uid, signal.SIGSTOP)
             self._scan()
             self._usage.sample(self._pids)
-            self._usage.end()
             self._frozen = self._settle(signal.SIGSTOP, "TtZX") or self._kill()
         return self._frozen
 
@@ -275,22 +281,30 @@ class Supervisor:
         """Signal the group until every process is in one of the settled states.
 
         A process can fork between being listed and being signalled, so this is repeated until
-        a pass finds nothing to do; processes of a user of their own are reached at one stroke.
+        a pass finds nothing to do. Processes that keep ahead of it are reached at one stroke,
+        if they have a user of their own.
         """
         deadline = time.monotonic() + SETTLE_SECONDS
-        if self._uid is not None:
-            confinement.signal_user(self._uid, signal_number)
+        passes = 0
         while True:
             self._reap()
-            pending = [p.pid for p in descendants(os.getpid()) if p.state not in settled]
-            for pid in pending:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal_number)
-            if not pending:
+            pending = [p for p in descendants(os.getpid()) if p.state not in settled]
+            hiding = not settled and self._uid is not None and confinement.has_processes(self._uid)
+            if not pending and not hiding:
                 return True
             if time.monotonic() > deadline:
                 return False
+            self._signal(pending, signal_number)
+            if self._uid is not None and passes > 1:
+                confinement.signal_user(self._uid, signal_number)
+            passes += 1
             time.sleep(0.002)
+
+    @staticmethod
+    def _signal(processes: list[Process], signal_number: int) -> None:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(process.pid, signal_number)
 
 
 def connect(descriptor: int) -> Wire:

@@ -22,6 +22,8 @@ from darwin_exp.individual import Genome
 
 MAX_STAGED = 16  # input files kept ready to be linked into the next working folder
 
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
 
 class WorkRoot:
     """A private temporary folder that holds the working folders of one sandbox."""
@@ -96,7 +98,7 @@ class WorkFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         # Held from the start: by name, a candidate could put another folder in its place.
-        self._out = os.open(path / "out", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        self._out = os.open(path / "out", _FOLDER)
 
     def collect(
         self, names: Iterable[str], destination: Path, max_bytes: int, owner: int | None
@@ -160,28 +162,46 @@ def plain_name(name: str) -> str:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder and all below it, links themselves and never what they point to.
+    """Remove a folder, if it is there, and all below it; links themselves, not what they point to.
 
-    Works however deep a candidate nested its folders: what lies two levels down is moved up
-    before it is emptied, so that no path and no recursion grows with the depth.
+    Works however deep a candidate nested its folders: it steps from one to the next, so that
+    neither a path nor a recursion grows with the depth.
 
     Raises:
         OSError: something in it cannot be removed.
     """
-    moved = 0
+    if not path.is_dir():
+        return
     path.chmod(0o700)
-    while entries := list(os.scandir(path)):
-        for entry in entries:
-            if not entry.is_dir(follow_symlinks=False):
-                os.unlink(entry.path)
-                continue
-            os.chmod(entry.path, 0o700)
-            for below in list(os.scandir(entry.path)):
-                if below.is_dir(follow_symlinks=False):
-                    os.chmod(below.path, 0o700)
-                    moved += 1
-                    os.rename(below.path, path / f".{moved}.{os.getpid()}.moved")
-                else:
-                    os.unlink(below.path)
-            os.rmdir(entry.path)
+    here = os.open(path, _FOLDER)
+    names: list[str] = []
+    pending = [_remove_files(here)]  # at each level, the folders that are still to be removed
+    while pending:
+        if pending[-1]:
+            names.append(pending[-1].pop())
+            os.chmod(names[-1], 0o700, dir_fd=here)
+            here = _step(here, names[-1])
+            pending.append(_remove_files(here))
+        else:
+            pending.pop()
+            if names:
+                here = _step(here, "..")
+                os.rmdir(names.pop(), dir_fd=here)
+    os.close(here)
     path.rmdir()
+
+
+def _step(here: int, name: str) -> int:
+    there = os.open(name, _FOLDER, dir_fd=here)
+    os.close(here)
+    return there
+
+
+def _remove_files(folder: int) -> list[str]:
+    """Remove all that is no folder, and return the names of those that are."""
+    with os.scandir(folder) as entries:
+        listed = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for name, is_folder in listed:
+        if not is_folder:
+            os.unlink(name, dir_fd=folder)
+    return [name for name, is_folder in listed if is_folder]

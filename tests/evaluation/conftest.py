@@ -95,8 +95,9 @@ def score(make_job: MakeJob, zoo: str, sandbox: Any, tmp_path: Path) -> Score:
     def run(kind: str, change: Callable[[Any], None] | None = None, **job: Any) -> Evaluation:
         import torch
 
+        source = job.pop("source", zoo)
         namespace: dict[str, Any] = {"__name__": "zoo"}
-        exec(compile(zoo, "zoo.py", "exec"), namespace)
+        exec(compile(source, "zoo.py", "exec"), namespace)
         arguments = {"kind": kind, "vocab_size": V}
         torch.manual_seed(3)
         model = namespace["build_model"](arguments)
@@ -109,6 +110,6 @@ def score(make_job: MakeJob, zoo: str, sandbox: Any, tmp_path: Path) -> Score:
         (artefacts / "model.json").write_text(json.dumps(arguments))
         claims = {"training_seconds": 1.0, **job.pop("training_run", {})}
         training = TrainingRun(Status.OK, artefacts=artefacts, **claims)
-        return Scorer().evaluate(make_job(**{"model": zoo, **job}), training, sandbox)
+        return Scorer().evaluate(make_job(**{"model": source, **job}), training, sandbox)
 
     return run

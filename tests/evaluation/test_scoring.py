@@ -207,13 +207,13 @@ def test_half_precision_logits_are_scored_like_any_others(score: Score) -> None:
 
 
 def test_b3_patching_torch_changes_nothing_that_is_scored(score: Score, zoo: str) -> None:
-    patch = (
-        "\nimport torch.nn.functional\n"
-        "torch.nn.functional.cross_entropy = lambda *a, **k: torch.zeros(())\n"
-        "torch.nn.functional.log_softmax = lambda x, *a, **k: x * 0\n"
-        "torch.log_softmax = torch.nn.functional.log_softmax\n"
-    )
-    honest, patched = score("attention"), score("attention", model=zoo + patch)
+    patch = """
+if __name__ == "model":  # and not when a test builds the weights
+    torch.nn.functional.cross_entropy = lambda *a, **k: torch.zeros(())
+    torch.nn.functional.log_softmax = lambda x, *a, **k: x * 0
+    torch.log_softmax = torch.nn.functional.log_softmax
+"""
+    honest, patched = score("attention"), score("attention", source=zoo + patch)
     assert honest.metrics == patched.metrics
 
 

@@ -80,7 +80,7 @@ def test_d2_a_run_cut_anywhere_and_resumed_is_the_uninterrupted_one(
         pass
 
     whole = rehearse("whole").run()
-    n_jobs = len(whole.of_kind("job"))
+    n_jobs = len(whole.of_kind("job")) + len(whole.of_kind("timing"))
     assert n_jobs > 20
 
     for cut_at in range(0, n_jobs, 6):
@@ -317,7 +317,7 @@ def test_rates_of_base_and_selected_are_timed_again(rehearse: Rehearse) -> None:
     journal = rehearse().run()
     timed = {event.key for event in journal.of_kind("retimed")}
     assert {"g00-i00", journal.of_kind("claim")[0].payload["selected_id"]} <= timed
-    steps = [e.payload["max_steps"] for e in journal.of_kind("job") if "retime" in e.key]
+    steps = [event.payload["max_steps"] for event in journal.of_kind("timing")]
     assert set(steps) == {8, 30}
 
 

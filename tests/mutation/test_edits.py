@@ -195,7 +195,7 @@ def test_a_composition_trains_by_itself_in_a_fresh_process(base: Genome, tmp_pat
     child = base
     for name in ("rotary", "muon", "untied_head", "squared_relu", "trapezoid", "higher_rate"):
         child = edited(child, name)
-    job = write_job(child, tmp_path, max_steps=60)
+    job = write_job(child, tmp_path, max_steps=40)
     done = subprocess.run(
         [sys.executable, "-W", "error", "code/train.py", str(job)],
         cwd=tmp_path,

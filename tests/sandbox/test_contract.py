@@ -463,25 +463,6 @@ class TestFreezingAndCollecting:
         assert group.wait(PATIENCE)
         assert "passwd" in group.collect(["passwd"], tmp_path, 1_000_000)
 
-    def test_c6_a_folder_a_thousand_levels_deep_is_removed(
-        self, start: Start, sandbox: SupervisedSandbox
-    ) -> None:
-        train = """
-        import os
-        os.chdir("out")
-        for _ in range(1200):
-            os.mkdir("deep")
-            os.chdir("deep")
-        open("file", "w").close()
-        os.chmod("../../deep", 0)
-        print("done")
-        """
-        group = start(train)
-        assert group.wait(PATIENCE)
-        assert group.log()[0] == "done\n"
-        group.close()
-        assert not list(sandbox._root.path.glob("job-*"))
-
 
 class TestConfinement:
     def test_a15_the_harness_secrets_are_not_to_be_found(self, start: Start) -> None:

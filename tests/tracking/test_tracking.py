@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
+import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ pytestmark = [
 
 RUN_ID = "2026-01-02_03-04-05-baseline"
 BEGAN = 1_767_000_000.0
+CHROMIUM = shutil.which("chromium")
 
 
 class FakeRun:
@@ -161,7 +166,7 @@ class FakeRun:
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An initialised store, made once: building the tables is most of a test's time."""
     folder = tmp_path_factory.mktemp("empty")
-    initialise_store(f"sqlite:///{folder / 'mlflow.db'}", folder / "artifacts")
+    initialise_store(f"sqlite:///{folder / 'mlflow.db'}")
     return folder / "mlflow.db"
 
 
@@ -169,10 +174,6 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tmp_path: Path, empty_store: Path) -> FakeRun:
     fake = FakeRun(tmp_path)
     fake.store.parent.mkdir()
-    connection = sqlite3.connect(empty_store)
-    connection.execute("DELETE FROM experiments WHERE name LIKE 'darwin/%'")
-    connection.commit()
-    connection.close()
     shutil.copy(empty_store, fake.store)
     return fake
 
@@ -181,7 +182,9 @@ def deliver(run: FakeRun, events: list[Event], seconds: float = 60.0) -> int:
     tracker = run.tracker()
     for event in events:
         tracker.follow(event)
-    return tracker.close(seconds)
+    remaining = tracker.close(seconds)
+    print("last error:", tracker.last_error)  # which pytest shows where a test fails
+    return remaining
 
 
 def runs_in(store: Path) -> list[Any]:
@@ -511,3 +514,60 @@ def test_runs_of_a_sweep_share_one_parent(run: FakeRun) -> None:
     parents = {r.data.tags["mlflow.parentRunId"] for r in evolutions}
     assert len(evolutions) == 2
     assert parents == {sweeps[0].info.run_id}
+
+
+@pytest.fixture
+def server(run: FakeRun) -> Iterator[str]:
+    """MLflow's own server on the run's store; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
+    command += ["--port", str(port), "--backend-store-uri", f"sqlite:///{run.store}"]
+    process = subprocess.Popen(
+        command,
+        cwd=run.folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(480):
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=2).close()
+                break
+            except OSError:
+                assert process.poll() is None, "the server ended by itself"
+                time.sleep(0.25)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
+def test_a_person_finds_the_run_and_its_agents_in_the_ui(
+    run: FakeRun, server: str, tmp_path: Path
+) -> None:
+    assert deliver(run, [*run.events, run.end]) == 0
+    parent = by_individual(run.store)["parent"].info
+    command = [
+        str(CHROMIUM),
+        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=30000",
+        "--dump-dom",
+    ]
+
+    def dom(page: str) -> str:
+        address = f"{server}/#/experiments/{parent.experiment_id}{page}"
+        done = subprocess.run([*command, address], capture_output=True, text=True, timeout=120)
+        return done.stdout
+
+    assert RUN_ID in dom("/runs")
+    of_the_run = dom(f"/runs/{parent.run_id}")
+    assert "g00-i02 squared ReLU" in of_the_run
+    assert "best_val_perplexity" in of_the_run

@@ -1,0 +1,211 @@
+"""What is typed at the door: every recipe composes, and every mistake is one clear line."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from darwin_exp import __main__ as command_line
+from darwin_exp import config as schema
+from darwin_exp.config import ConfigError, DarwinConfig
+
+
+@pytest.fixture(autouse=True)
+def _composing() -> None:
+    OmegaConf.register_new_resolver("project_root", lambda: str(schema.PROJECT), replace=True)
+    schema.register()
+
+
+def _compose(*overrides: str) -> DarwinConfig:
+    with initialize_config_dir(str(schema.CONF), version_base="1.3"):
+        return schema.typed(compose("config", overrides=list(overrides)))
+
+
+NEEDS = {"scripted": ["mutator.file=edits.yaml"]}
+VARIANTS = [(group, name) for group in schema.GROUPS for name in schema.variants(group)]
+RECIPES = [
+    (f"+{kind}={name}",) for kind in ("experiment", "debug") for name in schema.variants(kind)
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe[0])
+def test_every_recipe_composes_alone_and_with_debug_tiny(recipe: tuple[str, ...]) -> None:
+    assert _compose(*recipe).population_size >= 2
+    if "debug" not in recipe[0]:
+        assert _compose(*recipe, "+debug=tiny").population_size == 3
+
+
+@pytest.mark.parametrize(("group", "name"), VARIANTS, ids=lambda value: str(value))
+def test_every_variant_composes_into_its_own_schema(group: str, name: str) -> None:
+    config = _compose(f"{group}={name}", *NEEDS.get(name, []))
+    assert isinstance(getattr(config, group), schema.schema_of(group, name))
+
+
+@pytest.mark.parametrize("group", [*schema.GROUPS, "experiment", "debug"])
+def test_every_file_of_conf_says_in_its_first_line_what_it_is_for(group: str) -> None:
+    assert schema.variants(group)
+    for name, first in schema.variants(group).items():
+        assert len(first) > 10, f"{group}/{name}"
+        if group == "experiment":
+            assert first == f"python -m darwin_exp +experiment={name}"
+
+
+def test_a_control_without_edits_replicates_duplicates() -> None:
+    assert _compose("mutator=none").dedup is schema.Dedup.replicate
+    assert _compose("mutator=none", "dedup=reject").dedup is schema.Dedup.reject
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+MISTAKES = {
+    "unknown key": (["budgetseconds=3"], "budgetseconds", "did you mean budget_seconds"),
+    "unknown nested key": (["eval.n_prefix=3"], "eval.n_prefix", "did you mean eval.n_prefixes"),
+    "unknown group": (["selector=tournament"], "selector", "selection"),
+    "unknown variant": (["selection=best"], "selection=best", "truncation"),
+    "unknown recipe": (["+experiment=nope"], "experiment=nope", "baseline"),
+    "wrong type": (["population_size=many"], "population_size", "Integer"),
+    "wrong choice": (["dedup=maybe"], "dedup", "replicate"),
+    "no value": (["seed"], "seed", "key=value"),
+    "missing value": (["mutator=scripted"], "mutator.file", "mutator.file=VALUE"),
+    "no room for offspring": (["n_survivors=9"], "n_survivors=9", "population_size=8"),
+    "no survivors": (["n_survivors=0"], "n_survivors=0", "at least 1"),
+    "budget 0": (["budget_seconds=0"], "budget_seconds=0", "greater than 0"),
+    "endless budget": (["budget_seconds=inf"], "budget_seconds=inf", "greater than 0"),
+    "workers 0": (["workers=0"], "workers=0", "at least 1"),
+    "too many workers": (["workers=4096"], "workers=4096", "use workers="),
+    "no steps": (["max_steps=0"], "max_steps=0", "at least 1"),
+    "elitism": (["selection.elitism=4"], "selection.elitism=4", "n_survivors=3"),
+    "edits per child": (["mutator.edits_per_child=[2,1]"], "mutator.edits_per_child", "[1,2]"),
+    "splits": (["dataset.splits=[0.5,0.5]"], "dataset.splits", "sum to 1"),
+    "no validation": (["dataset.splits=[1,0,0,0]"], "dataset.splits", "must not be empty"),
+    "key of the scorer": (["integrity.key=xyz"], "integrity.key", "hexadecimal"),
+    "device": (["sandbox.device=tpu"], "sandbox.device=tpu", "cpu or cuda"),
+    "no text": (["dataset=textdir", "dataset.path=nowhere.txt"], "nowhere.txt", "dataset.path"),
+    "no genome": (["genome.dir=nowhere"], "genome.dir", "nowhere"),
+    "unknown run": (["resume=nope"], "resume=nope", "no such run"),
+    "script": (["mutator=scripted", "mutator.file=nowhere.yaml"], "mutator.file", "nowhere.yaml"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda name: name.replace(" ", "_"))
+def test_a_mistake_is_one_line_that_names_the_key_and_the_cure(
+    mistake: str,
+    runs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides, key, cure = MISTAKES[mistake]
+    monkeypatch.chdir(tmp_path)
+    code, line = _run([*overrides, f"paths.runs={runs}"], monkeypatch, capsys)
+    assert code == 2
+    assert len(line.splitlines()) == 1, line
+    assert line.startswith("darwin: ")
+    assert key in line, line
+    assert cure in line, line
+    assert not list(runs.glob("*/*")), "nothing half-written"
+
+
+def test_an_empty_and_a_short_text_are_refused(
+    runs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = tmp_path / "text.txt"
+    for content in ("", "much too short"):
+        text.write_text(content)
+        code, line = _run(
+            ["dataset=textdir", f"dataset.path={text}", f"paths.runs={runs}",
+             f"paths.data={tmp_path / 'data'}"], monkeypatch, capsys,
+        )  # fmt: skip
+        assert (code, len(line.splitlines())) == (2, 1), line
+        assert "text.txt" in line or "dataset" in line, line
+        assert not list(runs.glob("*/*"))
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    code, line = _run([f"paths.runs={blocked / 'runs'}"], monkeypatch, capsys)
+    assert code == 2
+    assert "paths.runs" in line
+    assert "cannot be written" in line
+
+
+def test_code_of_unknown_origin_is_refused_by_the_bare_process_sandbox(
+    runs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = tmp_path / "edits.yaml"
+    script.write_text("steps:\n  - {file: train.py, text: 'x = 1'}\n")
+    code, line = _run(
+        ["mutator=scripted", f"mutator.file={script}", "sandbox=process", f"paths.runs={runs}"],
+        monkeypatch,
+        capsys,
+    )
+    assert code == 2
+    assert "sandbox.allow_untrusted=true" in line
+
+
+def _run(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str]:
+    """Run the command line in this process; return its exit code and what it said."""
+    monkeypatch.setattr(sys, "argv", ["darwin_exp", *overrides])
+    monkeypatch.setattr(command_line, "EXIT_CODES", [])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, capsys.readouterr().err.strip()
+
+
+def test_help_names_every_recipe_group_variant_and_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["darwin_exp", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for group, name in VARIANTS:
+        assert group in text
+        assert name in text
+    for key, _, _ in schema.leaves(_compose("mutator=operators", "memory=json")):
+        known_by_name = key.endswith(".name") or ".settings." in key
+        assert known_by_name or key in text, key
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_only_operational_keys_may_differ_on_resume(tmp_path: Path) -> None:
+    config = _compose("+experiment=baseline")
+    path = tmp_path / "config.yaml"
+    path.write_text(schema.as_yaml(config))
+    same = schema.from_yaml(path, [], {})
+    assert list(schema.leaves(same)) == list(schema.leaves(config))
+
+    longer = schema.from_yaml(path, ["n_generations=20", "workers=1", "max_hours=2"], {})
+    schema.refuse_changed_score(same, longer)
+    assert (longer.n_generations, longer.workers) == (20, 1)
+
+    for override in ("budget_seconds=5", "seed=9", "dataset.dedup_blocks=false"):
+        other = schema.from_yaml(path, [override], {})
+        with pytest.raises(ConfigError, match=override.split("=")[0]):
+            schema.refuse_changed_score(same, other)
+
+
+def test_a_mistyped_override_is_refused_on_resume_too(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(schema.as_yaml(_compose()))
+    with pytest.raises(ConfigError, match="n_generations"):
+        schema.from_yaml(path, ["n_generations=many"], {})
