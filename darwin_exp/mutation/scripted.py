@@ -135,7 +135,7 @@ class Scripted:
         Raises:
             ValueError: the file cannot be read or one of its steps is wrong; it names which.
         """
-        import yaml  # type: ignore[import-untyped]
+        import yaml
 
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -22,6 +22,7 @@ from darwin_exp.sandbox.launcher import WARM_MODULES
 from darwin_exp.sandbox.supervised import SERVER, SupervisedSandbox
 
 DEFAULT_UID = 64_000
+TRIAL_UID = 65_534  # nobody; a candidate's user may at any time have all its processes killed
 INSIDE = "/job"
 _ROOT_FOLDERS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _SYSTEM_FILES = (
@@ -65,7 +66,7 @@ class BubblewrapSandbox(SupervisedSandbox):
                 "sandbox=bubblewrap needs the program bwrap: apt-get install bubblewrap"
             )
         # As root, candidates start it as a user without rights, so that is what must work.
-        unprivileged = {"user": DEFAULT_UID, "group": DEFAULT_UID, "extra_groups": []}
+        unprivileged = {"user": TRIAL_UID, "group": TRIAL_UID, "extra_groups": []}
         trial = subprocess.run(
             [bwrap, *_namespaces(), *_system_binds(), "/usr/bin/env", "true"],
             capture_output=True,

@@ -4,7 +4,8 @@ It runs in a clean environment, as root where the harness is root, and stays sin
 genome byte ever runs in it; a candidate is the child of a child.
 
 Reads: launch orders.
-Writes: one message when its house is built, one when it is warm.
+Writes: one message when its house is built, one when it is warm; in the end, removes all working
+folders.
 Never: runs a torch operation, which would start threads that do not survive a fork.
 """
 
@@ -26,6 +27,7 @@ from darwin_exp.sandbox import confinement, launcher, supervision
 from darwin_exp.sandbox.confinement import Order
 from darwin_exp.sandbox.processes import descendants
 from darwin_exp.sandbox.wire import Wire
+from darwin_exp.sandbox.workfolder import remove_tree
 
 REAP_SECONDS = 0.5
 
@@ -71,7 +73,7 @@ def main(control: Wire, settings: Settings) -> None:
         _forget_harness()
         return launcher.launch(order.zone, order.threads, serve)
 
-    candidate = _serve(control, launch)
+    candidate = _serve(control, launch, Path(settings.root))
     if candidate is not None:
         launcher.end(candidate())
 
@@ -93,7 +95,7 @@ def _settle_in(settings: Settings) -> tuple[bool, str]:
     return housed, ""
 
 
-def _serve(control: Wire, launch: Callable[[Order], int]) -> Callable[[], int] | None:
+def _serve(control: Wire, launch: Callable[[Order], int], root: Path) -> Callable[[], int] | None:
     """Fork a supervisor per order; return, in a candidate, what it shall do."""
     supervisors: set[int] = set()
     poll = select.poll()
@@ -120,6 +122,8 @@ def _serve(control: Wire, launch: Callable[[Order], int]) -> Callable[[], int] |
         os.kill(supervisor, signal.SIGTERM)
     while supervisors:
         _reap(supervisors, wait=True)
+    with contextlib.suppress(OSError):
+        remove_tree(root)  # a harness that was killed cannot do it
     return None
 
 

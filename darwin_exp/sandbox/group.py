@@ -188,7 +188,8 @@ class Group:
                 for descriptor in (*(self._channel or ()), self._interrupt):
                     os.close(descriptor)
                 self._interrupt, self._channel = -1, None
-            self._work.remove()
+            with contextlib.suppress(OSError):  # the sandbox tries again when it is closed
+                self._work.remove()
             if not answer["gone"]:
                 raise InfrastructureFailure("a process of the group survived being killed")
             return self._exit

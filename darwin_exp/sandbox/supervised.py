@@ -110,6 +110,8 @@ class ForkServer:
     def close(self) -> None:
         """End it and wait until it has seen all its supervisors end. Idempotent."""
         self._wire.close()
+        if not self._warm:
+            self._process.kill()  # it would notice only after its imports, and has no children yet
         try:
             self._process.wait(ANSWER_SECONDS)
         except subprocess.TimeoutExpired:
@@ -209,16 +211,16 @@ class SupervisedSandbox:
             raise InfrastructureFailure("there is no program that could answer for a model")
         try:
             work = self._root.new_folder(launch.genome, launch.inputs, launch.job)
-        except OSError as error:
-            raise InfrastructureFailure(f"cannot lay out a working folder: {error}") from error
-        ours, theirs = socket.socketpair()
-        descriptors, channel = [theirs.fileno()], None
-        if launch.zone is Zone.MODEL:
-            their_read, our_write = os.pipe()
-            our_read, their_write = os.pipe()
-            descriptors += [their_read, their_write]
-            channel = (our_read, our_write)
-        group = Group(work, Wire(ours), channel)
+            ours, theirs = socket.socketpair()
+            descriptors, channel = [theirs.fileno()], None
+            if launch.zone is Zone.MODEL:
+                their_read, our_write = os.pipe()
+                our_read, their_write = os.pipe()
+                descriptors += [their_read, their_write]
+                channel = (our_read, our_write)
+            group = Group(work, Wire(ours), channel)
+        except (OSError, ValueError) as error:
+            raise InfrastructureFailure(f"cannot prepare a launch: {error}") from error
         self._groups.difference_update([old for old in list(self._groups) if old.closed])
         self._groups.add(group)
         try:

@@ -1,6 +1,6 @@
 """A harness that starts a candidate with a daemon, says so, and waits to be killed.
 
-Run as `lone_harness.py KIND`; prints the id of the fork server once the candidate is ready.
+Run as `lone_harness.py KIND`; prints the fork server's id and the folder once the candidate is ready.
 """
 
 import sys
@@ -27,5 +27,5 @@ sandbox = kind(0, (0,), 64_000, modules=())
 genome = Genome.of({"train.py": TRAIN, "model.py": ""})
 group = sandbox.start(Launch("orphan", Zone.TRAIN, genome, {}, {}, Limits()))
 time.sleep(0.3)
-print(sandbox._fork_server.pid, flush=True)
+print(sandbox._fork_server.pid, sandbox._root.path, flush=True)
 time.sleep(600)

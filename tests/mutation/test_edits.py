@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 

@@ -661,7 +661,9 @@ class TestClosing:
             text=True,
         )
         assert harness.stdout is not None
-        fork_server = int(harness.stdout.readline())
+        said = harness.stdout.readline().split()
+        fork_server, folder = int(said[0]), Path(said[1])
+        assert folder.is_dir()
         members = [fork_server, *(process.pid for process in alive(fork_server))]
         assert len(members) >= 4  # the fork server, a supervisor, the candidate, its daemon
         harness.kill()
@@ -674,3 +676,4 @@ class TestClosing:
             found = {pid: Process.read(pid) for pid in members}
             left = [pid for pid, process in found.items() if process and process.state != "Z"]
         assert left == []
+        assert not folder.exists()

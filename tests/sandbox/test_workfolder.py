@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,8 +55,14 @@ def test_a_folder_that_cannot_be_laid_out_leaves_nothing(root: WorkRoot, tmp_pat
     assert list(root.path.glob("job-*")) == []
 
 
-def test_c6_folders_a_thousand_levels_deep_are_removed(tmp_path: Path) -> None:
-    doomed, kept = tmp_path / "doomed", tmp_path / "kept"
+def test_c6_folders_a_thousand_levels_deep_are_removed() -> None:
+    in_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a thousand times faster
+    with tempfile.TemporaryDirectory(dir=in_memory) as folder:
+        check_that_a_deep_folder_is_removed(Path(folder))
+
+
+def check_that_a_deep_folder_is_removed(folder: Path) -> None:
+    doomed, kept = folder / "doomed", folder / "kept"
     kept.mkdir()
     (kept / "file").write_text("kept")
     doomed.mkdir()
