@@ -24,6 +24,7 @@ from darwin_exp import config as schema
 from darwin_exp import summary
 from darwin_exp.config import ConfigError, DarwinConfig, Show
 from darwin_exp.display import LiveDisplay, PlainDisplay, Watch, watch_for
+from darwin_exp.guidance import explain, help_text
 from darwin_exp.run import Command, run
 
 EXIT_CODES: list[int] = []
@@ -42,6 +43,9 @@ def _exit_code_of(composed: DictConfig) -> int:
         return run(config, _command(composed), _watch(config, console))
     except ConfigError as error:
         _say(str(error))
+        return summary.WRONG
+    except OmegaConfBaseException as error:
+        _say(explain(error))
         return summary.WRONG
     except KeyboardInterrupt:
         _say("interrupted before the run had begun; nothing was written")
@@ -75,7 +79,7 @@ def _say(line: str) -> None:
 def main() -> None:
     """Run the command line and exit with the worst of its jobs' exit codes."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(schema.help_text())
+        print(help_text())
         sys.exit(0)
     OmegaConf.register_new_resolver("project_root", lambda: str(schema.PROJECT), replace=True)
     schema.register()
@@ -84,7 +88,7 @@ def main() -> None:
     try:
         _job()
     except (HydraException, OmegaConfBaseException) as error:
-        _say(schema.explain(error))
+        _say(explain(error))
         sys.exit(summary.WRONG)
     except KeyboardInterrupt:
         sys.exit(summary.BY_SIGNAL)

@@ -6,9 +6,7 @@ YAML in conf/ composes these schemas, so that a typo or a wrong type dies at the
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -297,52 +295,13 @@ def typed(composed: DictConfig) -> DarwinConfig:
     """Turn a composed configuration into checked dataclasses.
 
     Raises:
-        ConfigError: a value is missing, of the wrong type, or impossible.
+        ConfigError: a value is impossible.
+        OmegaConfBaseException: a value is missing or of the wrong type (see guidance.explain).
     """
-    try:
-        config = OmegaConf.to_object(composed)
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from error
+    config = OmegaConf.to_object(composed)
     assert isinstance(config, DarwinConfig)
     check(config)
     return config
-
-
-def explain(error: BaseException) -> str:
-    """Say what an error of Hydra or OmegaConf means, in one line that names the key."""
-    text = " ".join(str(error).split())
-    if found := re.search(r"Could not find '([^/']+)/([^']+)'", text):
-        group, name = found.groups()
-        known = ", ".join(variants(group)) or "none"
-        return f"{group}={name}: there is no such variant; choose one of {known}"
-    if found := re.search(r"Could not override '([^']+)'", text):
-        return _unknown_key(found[1])
-    if found := re.search(r"Error merging override (\S+)", text):
-        cause = str(error.__cause__ or error).splitlines()[0]
-        return f"{found[1]}: {cause}"
-    if found := re.search(r"Key '([^']+)' (?:is )?not in", text):
-        return _unknown_key(str(getattr(error, "full_key", None) or found[1]))
-    if found := re.search(r"Missing mandatory value: (\S+)", text):
-        return f"{found[1]} must be set: {found[1]}=VALUE"
-    if found := re.search(r"Error parsing override '([^']*)'", text):
-        return f"{found[1]}: an override reads key=value"
-    if found := re.search(r"missing mandatory value: (\S+)", text):
-        key = getattr(error, "full_key", None) or found[1]
-        return f"{key} must be set: {key}=VALUE"
-    if "raised while composing config" in text:
-        text = text.split("raised while composing config:", 1)[1].strip()
-        key = re.search(r"full_key: (\S+)", text)
-        return f"{key[1] if key else 'the configuration'}: {text.split(' full_key:')[0]}"
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    key = getattr(error, "full_key", None)
-    return f"{key}: {first}" if key and str(key) not in first else first
-
-
-def _unknown_key(key: str) -> str:
-    known = [name for name, _ in _described_keys()] + list(GROUPS)
-    close = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else "`--help` lists the keys"
-    return f"{key}: there is no such key; {hint}"
 
 
 def check(config: DarwinConfig) -> None:
@@ -483,82 +442,21 @@ def from_yaml(path: Path, overrides: list[str], chosen: Mapping[str, Any]) -> Da
         chosen: the composed node of each group whose variant was named on the command line.
 
     Raises:
-        ConfigError: the file is damaged, or an override does not fit.
+        ConfigError: the file is damaged.
+        OmegaConfBaseException: an override does not fit (see guidance.explain).
     """
     try:
         recorded = OmegaConf.load(path)
         assert isinstance(recorded, DictConfig)
-        for group, node in chosen.items():
-            recorded[group] = node
-        tree = OmegaConf.structured(DarwinConfig)
-        for group in GROUPS:
-            node = recorded[group]
-            tree[group] = OmegaConf.structured(schema_of(group, str(node.get("name", group))))
-        OmegaConf.set_struct(recorded, False)
-        merged = OmegaConf.merge(tree, recorded, OmegaConf.from_dotlist(overrides))
-    except (OSError, ValueError, AssertionError) as error:
+        names = {group: str(recorded[group].get("name", group)) for group in GROUPS}
+    except (OSError, ValueError, AssertionError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: {error}; this run cannot be resumed") from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path.parent.name}: {explain(error)}") from error
+    tree = OmegaConf.structured(DarwinConfig)
+    for group in GROUPS:
+        if group in chosen:
+            recorded[group] = chosen[group]
+            names[group] = str(chosen[group].get("name", group))
+        tree[group] = OmegaConf.structured(schema_of(group, names[group]))
+    merged = OmegaConf.merge(tree, recorded, OmegaConf.from_dotlist(overrides))
     assert isinstance(merged, DictConfig)
     return typed(merged)
-
-
-# --- help ---------------------------------------------------------------------------------------
-
-
-def variants(group: str) -> dict[str, str]:
-    """Return the variants of a group in conf/, each with the first comment line of its file."""
-    found = {}
-    for path in sorted((CONF / group).glob("*.yaml")):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        found[path.stem] = next(
-            line.removeprefix("#").strip() for line in lines if not line.startswith("# @")
-        )
-    return found
-
-
-def help_text() -> str:
-    """Return what `python -m darwin_exp --help` prints."""
-    lines = [
-        "DARWIN evolves GPT training code and measures what it gained.",
-        "",
-        "  python -m darwin_exp +experiment=NAME [group=variant] [key=value] [+debug=tiny]",
-        "  python -m darwin_exp -m +experiment=baseline memory=json,off seed=0,1,2",
-        "  python -m darwin_exp resume=RUN_ID|latest [n_generations=20] [workers=4]",
-        "",
-        "Experiments (whole recipes; add with +experiment=NAME)",
-    ]
-    for group, title in (("experiment", ""), ("debug", "Debugging (add with +debug=NAME)")):
-        if title:
-            lines += ["", title]
-        lines += [f"  {name:<12} {first}" for name, first in variants(group).items()]
-    lines += ["", "Groups (choose with group=variant)"]
-    lines += [f"  {group:<12} {', '.join(variants(group))}" for group in GROUPS]
-    lines += ["", "Keys (set with key=value; * may change when a run is resumed)"]
-    lines += [_key_line(name, entry) for name, entry in _described_keys()]
-    lines += [
-        "",
-        "--cfg job prints the composed configuration; --info searchpath where it is read.",
-    ]
-    return "\n".join(lines)
-
-
-def _described_keys() -> Iterator[tuple[str, Any]]:
-    """Yield every key with its declaration: top-level ones first, then those of each group."""
-    for entry in fields(DarwinConfig):
-        if "help" in entry.metadata:
-            yield entry.name, entry
-        elif entry.name not in GROUPS:
-            inner_fields = fields(getattr(DarwinConfig(), entry.name))
-            yield from ((f"{entry.name}.{inner.name}", inner) for inner in inner_fields)
-    for group, schemas in SCHEMAS.items():
-        merged = {entry.name: entry for kind in schemas.values() for entry in fields(kind)}
-        for name, entry in merged.items():
-            if "help" in entry.metadata:
-                yield f"{group}.{name}", entry
-
-
-def _key_line(name: str, entry: Any) -> str:
-    mark = "*" if entry.metadata.get("operational") else " "
-    return f" {mark}{name:<26} {entry.metadata['help']}"

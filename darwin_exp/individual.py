@@ -6,20 +6,13 @@ of it can be pickled to another node, written to the journal, or compared in a t
 
 from __future__ import annotations
 
-import ast
-import difflib
-import hashlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-GENOME_SUFFIXES = (".py", ".json", ".toml", ".yaml", ".yml", ".txt")
-NOT_GENOME = frozenset({"job.json", "model.json", "requirements.txt"})
-MAX_GENOME_BYTES = 1_000_000
+from darwin_exp.genome import Genome as Genome
 
 
 class Status(Enum):
@@ -66,158 +59,6 @@ class Reason(Enum):
     START_UP = "start_up"
     CONTENTION = "contention"
     INFRASTRUCTURE = "infrastructure"
-
-
-@dataclass(frozen=True)
-class Genome:
-    """An immutable tree of training code; two genomes with the same bytes are the same genome.
-
-    Attributes:
-        files: text of every file by its POSIX path relative to the tree, sorted by path.
-    """
-
-    files: tuple[tuple[str, str], ...]
-
-    @classmethod
-    def of(cls, files: Mapping[str, str]) -> Genome:
-        """Build a genome from a mapping of path to text.
-
-        Raises:
-            ValueError: a path is absolute or leaves the tree, or the tree is too large.
-        """
-        for path in files:
-            parts = PurePosixPath(path).parts
-            if not parts or PurePosixPath(path).is_absolute() or ".." in parts or "\\" in path:
-                raise ValueError(f"a genome cannot hold the path {path!r}")
-        if sum(len(text.encode()) for text in files.values()) > MAX_GENOME_BYTES:
-            raise ValueError(f"a genome holds at most {MAX_GENOME_BYTES} bytes of source")
-        return cls(tuple(sorted(files.items())))
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> Genome:
-        """Read the training code below a folder; hidden files, caches and prose are left out.
-
-        Raises:
-            ValueError: the folder is missing, has no train.py or model.py, or is not UTF-8 text.
-        """
-        if not folder.is_dir():
-            raise ValueError(f"genome.dir: {folder} is not a folder")
-        files: dict[str, str] = {}
-        for path in sorted(folder.rglob("*")):
-            relative = path.relative_to(folder)
-            hidden = any(part.startswith((".", "__pycache__")) for part in relative.parts)
-            if hidden or path.is_symlink() or not path.is_file():
-                continue
-            if path.suffix not in GENOME_SUFFIXES or path.name in NOT_GENOME:
-                continue
-            try:
-                files[relative.as_posix()] = path.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"genome.dir: {path} is not UTF-8 text") from error
-        for needed in ("train.py", "model.py"):
-            if needed not in files:
-                raise ValueError(f"genome.dir: {folder} holds no {needed} (see CONTRACT.md)")
-        return cls.of(files)
-
-    def write_to(self, folder: Path) -> None:
-        """Write the tree below a folder, which is made if it is missing."""
-        for path, text in self.files:
-            target = folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(text, encoding="utf-8")
-
-    def with_files(self, changed: Mapping[str, str], removed: Iterable[str] = ()) -> Genome:
-        """Return this genome with some files replaced, added or removed."""
-        files = {**self.as_dict, **changed}
-        for path in removed:
-            files.pop(path, None)
-        return Genome.of(files)
-
-    @cached_property
-    def as_dict(self) -> dict[str, str]:
-        return dict(self.files)
-
-    @cached_property
-    def id(self) -> str:
-        """The content hash, 64 hexadecimal digits."""
-        return hashlib.sha256(json.dumps(self.files).encode()).hexdigest()
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash that ignores comments, docstrings, layout and seeds."""
-        normal = [(path, _normalised(path, text)) for path, text in self.files]
-        return hashlib.sha256(json.dumps(normal).encode()).hexdigest()
-
-    def patch_from(self, other: Genome) -> str:
-        """Return the unified diff that turns `other` into this genome."""
-        lines: list[str] = []
-        for path in sorted(self.as_dict.keys() | other.as_dict.keys()):
-            before, after = other.as_dict.get(path), self.as_dict.get(path)
-            if before == after:
-                continue
-            lines += _file_diff(path, before, after)
-        return "".join(lines)
-
-
-def _file_diff(path: str, before: str | None, after: str | None) -> list[str]:
-    old_name = "/dev/null" if before is None else f"a/{path}"
-    new_name = "/dev/null" if after is None else f"b/{path}"
-    diff = difflib.unified_diff(
-        (before or "").splitlines(keepends=True),
-        (after or "").splitlines(keepends=True),
-        old_name,
-        new_name,
-    )
-    # A last line without a line break needs git's marker, or the patch would not apply.
-    return [
-        line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in diff
-    ]
-
-
-class _Normaliser(ast.NodeTransformer):
-    """Drops what cannot change what code does: docstrings, and the values of seeds."""
-
-    def _without_docstring(self, node: Any) -> Any:
-        self.generic_visit(node)
-        body = node.body
-        if (
-            body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-            and isinstance(body[0].value.value, str)
-        ):
-            node.body = body[1:] or [ast.Pass()]
-        return node
-
-    visit_Module = _without_docstring  # noqa: N815
-    visit_ClassDef = _without_docstring  # noqa: N815
-    visit_FunctionDef = _without_docstring  # noqa: N815
-    visit_AsyncFunctionDef = _without_docstring  # noqa: N815
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        self.generic_visit(node)
-        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-        if "seed" in name.lower():
-            node.args, node.keywords = [], []
-        return node
-
-    def visit_Assign(self, node: ast.Assign) -> ast.AST:
-        self.generic_visit(node)
-        names = [getattr(t, "attr", getattr(t, "id", "")) for t in node.targets]
-        if any("seed" in name.lower() for name in names) and isinstance(node.value, ast.Constant):
-            node.value = ast.Constant(0)
-        return node
-
-
-def _normalised(path: str, text: str) -> str:
-    try:
-        if path.endswith(".py"):
-            return ast.dump(_Normaliser().visit(ast.parse(text)))
-        if path.endswith(".json"):
-            return json.dumps(json.loads(text), sort_keys=True)
-    except (SyntaxError, ValueError, RecursionError):
-        pass  # code that does not parse is compared as it stands
-    return text
 
 
 @dataclass(frozen=True)

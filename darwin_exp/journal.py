@@ -118,8 +118,8 @@ class Journal:
             self._last_hash = chained
             self._events.append(event)
             self._by_key[(kind, key)] = event
-        for listener in self._listeners:
-            listener(event)
+            for listener in self._listeners:  # still under the mutex, so that they hear in order
+                listener(event)
         return event
 
     def find(self, kind: str, key: str) -> Event | None:

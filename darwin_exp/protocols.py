@@ -329,8 +329,17 @@ class Event:
 class Tracker(Protocol):
     """A projection of the journal for people to look at. Never raises into the run."""
 
+    @property
+    def run_id(self) -> str | None:
+        """Return the tracker's own id of the evolution's run; None while it has none."""
+        ...
+
     def follow(self, event: Event) -> None:
         """Take note of an event; returns at once."""
+        ...
+
+    def ready(self, seconds: float) -> bool:
+        """Wait at most so long for its first start; return whether nothing is left to wait for."""
         ...
 
     def close(self, seconds: float) -> int:

@@ -140,7 +140,7 @@ def _refuse_other_environment(run_folder: Path, recorded: Any, workshop: Worksho
 
 
 def _new_folder(runs: Path) -> Path:
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+    stamp = time.strftime("%y%m%d-%H%M")  # MLflow's tables show the first 16 characters
     while True:
         fresh = runs / f"{stamp}-{secrets.token_hex(2)}"
         try:

@@ -30,6 +30,7 @@ from darwin_exp.individual import (
 from darwin_exp.journal import Journal
 from darwin_exp.protocols import Executor, InfrastructureFailure, Interrupted
 
+CHECKPOINT = "artefacts/model.safetensors"  # below the folder of a trial
 MAX_TRIES = 3  # a lost trial is repeated at most twice
 
 
@@ -40,8 +41,9 @@ class Trial:
     Attributes:
         name: unique within the run, such as "g01-i03/0"; the repeats add ".1" and ".2".
         split: what is scored; None trains only.
-        max_steps: overrides the run's own number of steps (re-timings).
         folder: where its files are left, below the run's folder.
+        max_steps: overrides the run's own number of steps (re-timings).
+        keeps_model: whether the trained weights are wanted once they are scored.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Trial:
     split: str | None
     folder: str
     max_steps: int | None = None
+    keeps_model: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,10 @@ class Trials:
                 },
             )
             result = _result_from(job.job_id, event.payload, event.measured)
+            if not trial.keeps_model:
+                (job.folder / CHECKPOINT).unlink(missing_ok=True)
             if result.training.status is not Status.INFRA_LOST:
-                return result
+                break
         return result
 
     def _job(self, trial: Trial, attempt: int) -> Job:

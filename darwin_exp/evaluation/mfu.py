@@ -114,7 +114,8 @@ def flops_per_token(tensors: Mapping[str, TensorEntry], uses: Uses) -> float:
 
 
 def _is_amount(value: Any, limit: float) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and 0 <= value <= limit
+    # An integer may be beyond every float, which only comparisons survive.
+    return type(value) in (int, float) and 0 <= value <= min(limit, sys.float_info.max)
 
 
 # --- the rate of a re-timing ----------------------------------------------------------------------

@@ -23,16 +23,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Where the launcher finds its private file descriptors.
-READY_FD, CHANNEL_READ_FD, CHANNEL_WRITE_FD = 3, 4, 5
-
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
 MAX_OPEN_FILES = 4096
 UID_STRIDE = 256  # launches that overlap, in this run or another, get uids this far apart
 MAX_OVERLAPPING = 64
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 36, 38
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
+_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 _CLONE_NEWNS, _CLONE_NEWIPC, _CLONE_NEWNET = 0x00020000, 0x08000000, 0x40000000
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
 _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
@@ -190,6 +188,8 @@ def confine(order: Order, uid: int | None, descriptors: Mapping[int, int], proce
     if uid is not None:
         become(uid)
         die_with_parent(signal.SIGKILL)
+        # Else /proc/self would be root's, as after any change of user without an exec.
+        _check(_libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0), "prctl")
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
     if os.getppid() != supervisor:
         os._exit(1)  # it died before we asked to die with it
@@ -255,8 +255,8 @@ def enter_private_house(folder: Path) -> None:
     """Cut this process off: nothing to write to but its own folders, and nobody to talk to.
 
     The whole file system becomes read-only but for `out/` and `tmp/` of the working folder; the
-    latter stands in for /tmp, /var/tmp and /dev/shm. There is no network, not even loopback, and
-    no shared System V memory.
+    latter stands in for /tmp, /var/tmp and /dev/shm. There is no network, not even loopback, no
+    shared System V memory, and no process of another user to be seen.
 
     Raises:
         OSError: the kernel does not let us.
@@ -282,6 +282,8 @@ def enter_private_house(folder: Path) -> None:
         _set_writable(inside)
     os.close(home)
     os.close(temp)
+    with contextlib.suppress(OSError):  # before Linux 5.8, names of other processes stay visible
+        _mount("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "hidepid=2")
 
 
 def can_enter(path: Path, uid: int) -> bool:

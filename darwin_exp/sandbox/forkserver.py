@@ -39,7 +39,7 @@ class Settings:
     Attributes:
         modules: what to import before the first candidate is forked.
         uid: first unprivileged user id; None where the harness is not root.
-        server: file of the program that answers for a model.
+        server: file of the program that answers for a model, to be loaded before as well.
         root: folder below which all working folders will lie.
         hidden: folders that no candidate shall see.
     """
@@ -182,6 +182,6 @@ def _forget_harness() -> None:
 
 
 def start(control_descriptor: int, settings: Settings) -> None:
-    """Run as a program of its own; `ForkServer` in group.py says how."""
+    """Run as a program of its own; `ForkServer` in supervised.py says how."""
     main(Wire(socket.socket(fileno=control_descriptor)), settings)
     os._exit(0)

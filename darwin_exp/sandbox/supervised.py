@@ -173,7 +173,7 @@ class SupervisedSandbox:
         settings = Settings(
             modules=list(modules) if self.forks else [],
             uid=self._uid,
-            server=str(self._server_file),
+            server=str(self._server_file) if self.forks else "",
             root=str(self._root.path),
             hidden=[str(folder) for folder in hidden],
         )

@@ -91,6 +91,7 @@ def supervise(
         if claim is not None:
             claim.close()
         nothing = os.open(os.devnull, os.O_RDONLY)
+        # In this order they get the numbers 0, 1, 2 and those under which launcher.py knows them.
         wanted = [nothing, log_end, log_end, ready_end, *channel]
         try:
             confinement.confine(order, uid, dict(enumerate(wanted)), own_tasks)

@@ -10,17 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from darwin_exp.display import (
-    LiveDisplay,
-    PlainDisplay,
-    Watch,
-    clean,
-    closing_table,
-    duration,
-    number,
-    watch_for,
-)
+from darwin_exp.display import LiveDisplay, PlainDisplay, Watch, watch_for
 from darwin_exp.individual import Genome, Individual, Reason, Status
+from darwin_exp.wording import clean, closing_table, duration, number
 
 GENOME = Genome.of({"train.py": "", "model.py": ""})
 
@@ -267,6 +259,14 @@ def test_a_summary_without_measurements_shows_dashes_and_no_zeros() -> None:
     assert row(text, "agent") == ["agent", "-", "-", ""]
     assert "at equal time: not measured" in text
     assert "error rate -" in text
+
+
+def test_a_run_without_a_claim_says_why_there_is_none() -> None:
+    why = "the data set has no test split"
+    gain = {"perplexity_percent": None, "why_none": why, "equal_steps": None}
+    text = shown({**SUMMARY, "improvement": gain})
+    assert f"at equal time, no claim: {why}" in text
+    assert "at equal steps: not measured" in text
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ def test_honest_architectures_pass(score: Score, kind: str) -> None:
         pytest.param("unmasked", None, id="b7_mask_removed"),
         pytest.param("block_mean", None, id="b8_block_mean"),
         pytest.param("peek", None, id="b8_one_position_in_sixteen"),
+        pytest.param("peek_later", None, id="b20_honest_until_its_third_request"),
         pytest.param("circular", None, id="b9_circular_convolution"),
         pytest.param("reversed_convolution", None, id="b9_reversed_convolution"),
         pytest.param("finite_mask", sharpen, id="b10_learned_mask_bypass"),

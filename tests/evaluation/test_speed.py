@@ -108,6 +108,8 @@ def test_flops_are_six_per_element_and_use_plus_three_times_attention() -> None:
         {"rows": {"a": 1e300}, "activation_flops": 1},
         {"rows": {"a": 1}, "activation_flops": float("nan")},
         {"rows": {"a": True}, "activation_flops": 1},
+        {"rows": {"a": 1}, "activation_flops": 10**400},
+        {"rows": {"a": 1}, "activation_flops": float("inf")},
     ],
 )
 def test_an_impossible_account_of_products_is_not_believed(content: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from darwin_exp.evolution import BaseFailed, Stopped
 from darwin_exp.individual import Genome, Job, JobResult, Reason, Status
 from darwin_exp.journal import Journal, comparable, load
 from darwin_exp.protocols import InfrastructureFailure
+from darwin_exp.trials import CHECKPOINT
 
 Rehearse = Callable[..., Any]
 
@@ -86,7 +87,7 @@ def test_d2_a_run_cut_anywhere_and_resumed_is_the_uninterrupted_one(
     for cut_at in range(0, n_jobs, 6):
         answered = 0
 
-        def rule(job: Job, cut_at: int = cut_at) -> None:
+        def rule(_: Job, cut_at: int = cut_at) -> None:
             nonlocal answered
             answered += 1
             if answered > cut_at:
@@ -347,8 +348,8 @@ def test_only_the_living_the_base_and_the_best_keep_their_checkpoints(rehearse: 
             self.inner, self.n_slots = inner, 1
 
         def submit(self, job: Job) -> Any:
-            job.folder.mkdir(parents=True, exist_ok=True)
-            (job.folder / "model.safetensors").write_bytes(b"weights")
+            (job.folder / "artefacts").mkdir(parents=True, exist_ok=True)
+            (job.folder / CHECKPOINT).write_bytes(b"weights")
             return self.inner.submit(job)
 
         def close(self, cancel: bool = False) -> None:
@@ -359,7 +360,8 @@ def test_only_the_living_the_base_and_the_best_keep_their_checkpoints(rehearse: 
     journal = rehearsal.run()
     living = set(journal.of_kind("generation")[-1].payload["population"])
     kept = {
-        path.parent.name for path in (rehearsal.folder / "individuals").glob("*/model.safetensors")
+        str(path.parent.parent.relative_to(rehearsal.folder / "individuals"))
+        for path in rehearsal.folder.rglob("model.safetensors")
     }
     assert living <= kept <= living | {"g00-i00"}
 

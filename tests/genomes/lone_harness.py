@@ -1,6 +1,7 @@
 """A harness that starts a candidate with a daemon, says so, and waits to be killed.
 
-Run as `lone_harness.py KIND`; prints the fork server's id and the folder once the candidate is ready.
+Run as `lone_harness.py KIND`; when the candidate is ready, prints the fork server's id and the
+folder in which all happens.
 """
 
 import sys

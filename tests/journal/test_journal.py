@@ -80,7 +80,8 @@ def test_d8_a_changed_byte_is_named_by_its_event(tmp_path: Path, column: str) ->
     journal.close()
     database = sqlite3.connect(tmp_path / "journal.sqlite")
     database.execute(
-        f"UPDATE events SET {column} = replace({column}, substr({column}, 2, 1), 'Z') WHERE sequence = 3"
+        f"UPDATE events SET {column} = replace({column}, substr({column}, 2, 1), 'Z')"
+        " WHERE sequence = 3"
     )
     database.commit()
     database.close()

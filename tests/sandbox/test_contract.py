@@ -538,6 +538,21 @@ class TestConfinement:
         """
         assert printed(start(train)) == [["lo"], False]
 
+    def test_a15_no_process_but_its_own_is_to_be_seen(
+        self, start: Start, sandbox: SupervisedSandbox
+    ) -> None:
+        if not sandbox.isolated:
+            pytest.skip("without root, the process sandbox hides no process")
+        train = """
+        import glob, json, os
+        if os.fork() == 0: os._exit(0)
+        open("/proc/self/environ").read()
+        lines = [open(path, "rb").read() for path in glob.glob("/proc/[0-9]*/cmdline")]
+        print(json.dumps(sum(b"pytest" in line for line in lines)))
+        """
+        assert Path("/proc/self/cmdline").read_bytes()
+        assert printed(start(train)) == 0
+
     @needs_root
     def test_b12_hidden_folders_are_not_there(self, kind: str) -> None:
         with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as folder:

@@ -26,7 +26,7 @@ class StoreUnavailable(Exception):
 
 
 class Mirror(Protocol):
-    """Where events are delivered to. Only the outbox's thread calls it."""
+    """The store that events are delivered to. Only the outbox's thread calls it."""
 
     def open(self) -> None:
         """Open the store anew; any exception means later."""
@@ -48,13 +48,11 @@ class Mirror(Protocol):
         """Return whether the store is known to take writes, so that a failure is the event's."""
         ...
 
-    def deliver(self, event: Event, history: Sequence[Event], stop: Callable[[], bool]) -> None:
-        """Write one event such that writing it again changes nothing.
 
-        Raises:
-            StoreUnavailable: the store takes no writes now, whatever they are.
-        """
-        ...
+# Writes one event, given also all events so far, such that writing it again changes nothing. It
+# raises StoreUnavailable if the store takes no writes now, and InterruptedError if the function
+# it is given said, before anything was written, that delivery has been given up.
+Delivery = Callable[[Event, Sequence[Event], Callable[[], bool]], None]
 
 
 class Outbox:
@@ -68,14 +66,17 @@ class Outbox:
     Events are to be followed in the journal's order and, on resume, all of them again.
     """
 
-    def __init__(self, mirror: Mirror, cursor: Path, store: str) -> None:
+    def __init__(self, mirror: Mirror, deliver: Delivery, cursor: Path, store: str) -> None:
         """Start the thread, which opens the mirror at once.
 
         Args:
+            mirror: the store, which the events are written to.
+            deliver: writes one event to it.
             cursor: the cursor file.
             store: names the store; a cursor that belongs to another one is not believed.
         """
-        self._target = mirror
+        self._mirror = mirror
+        self._deliver = deliver
         self._cursor = cursor
         self._store = store
         self._changed = threading.Condition()
@@ -127,19 +128,19 @@ class Outbox:
         while True:
             event: Event | None = None
             try:
-                self._open_target()
+                self._open_mirror()
                 event = self._next_event()
                 if event is None:
                     return
-                if not self._target.is_open():
+                if not self._mirror.is_open():
                     continue  # the store was replaced while there was nothing to deliver
-                self._target.deliver(event, tuple(self._events), lambda: self._abandoned)
+                self._deliver(event, tuple(self._events), lambda: self._abandoned)
             except Exception as error:
                 # Only this thread would ever see it, and it has to outlive it.
                 self.last_error = f"{type(error).__name__}: {error}"[:500]
                 failures += event is not None and not isinstance(error, StoreUnavailable)
-                self._target.forget()
-                if event is not None and failures >= PATIENCE and self._target.surely_works():
+                self._mirror.forget()
+                if event is not None and failures >= PATIENCE and self._mirror.surely_works():
                     self._settle(event, self._refused)
                     pause, failures = FIRST_PAUSE_SECONDS, 0
                 elif self._pause(pause):
@@ -150,11 +151,11 @@ class Outbox:
                 self._settle(event, self._delivered)
                 pause, failures = FIRST_PAUSE_SECONDS, 0
 
-    def _open_target(self) -> None:
-        if self._target.is_open():
+    def _open_mirror(self) -> None:
+        if self._mirror.is_open():
             return
-        self._target.open()
-        if not self._target.holds_run():
+        self._mirror.open()
+        if not self._mirror.holds_run():
             with self._changed:
                 self._delivered.clear()
                 self._refused.clear()

@@ -1,0 +1,262 @@
+"""What each event of the journal becomes in MLflow.
+
+Reads: events, and the files that a run left in its folder.
+Writes: runs, metrics, parameters, tags and files of a store; `plots/` in the run's folder.
+Never: decides whether or when an event is delivered; that is the outbox's part.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from darwin_exp.plots import generation_plots
+from darwin_exp.protocols import Event
+from darwin_exp.tracking.store import EvolutionRuns, finite
+
+SECONDS_BETWEEN_PLOTS = 60.0
+
+ARTIFACTS = ("code", "change.patch", "memory.json", "evaluation.json", "train.log", "error.txt")
+CLOSING_ARTIFACTS = ("summary.json", "report.html", "champion")
+END_STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "stopped": "KILLED"}
+HEADLINE = ("val_perplexity", "mfu", "fitness")
+
+NOTE = """**Evolution of training code.** Each nested run is one agent: the code it trained, the
+change that made it, its log and what the trusted evaluator measured.
+
+- `best_val_perplexity`, `mean_val_perplexity` by generation (step): lower is better.
+- `best_mfu`, `mean_mfu`: share of the machine's peak that the training used, 0 to 1.
+- `claim_*`: the closing comparison of the base with the selected agent, on fresh seeds.
+- `plots/` shows every agent; nested runs carry `status`, `parent_ids` and `editor_id` as tags.
+"""
+
+
+class Projection:
+    """One evolution as MLflow runs. Every event may be written again without changing anything."""
+
+    def __init__(self, runs: EvolutionRuns, run_folder: Path, parent_tags: dict[str, str]) -> None:
+        """Project into these runs.
+
+        Args:
+            run_folder: `runs/RUN_ID`, whose files are uploaded; its name is the run's id.
+            parent_tags: further tags of the evolution's run.
+        """
+        self._runs = runs
+        self._run_folder = run_folder
+        self._run_id = run_folder.name
+        self._parent_tags = parent_tags
+        self._plotted_at = time.monotonic()
+        self._kinds: dict[str, Callable[[Event, Sequence[Event]], None]] = {
+            "run": self._on_run,
+            "session": self._on_session,
+            "individual": self._on_individual,
+            "generation": self._on_generation,
+            "job": self._on_job,
+            "claim": self._on_claim,
+            "end": self._on_end,
+        }
+
+    def deliver(self, event: Event, history: Sequence[Event], stop: Callable[[], bool]) -> None:
+        """Write one event; kinds that mean nothing to MLflow are passed over.
+
+        Raises:
+            StoreUnavailable: the SQLite file cannot be written now.
+            InterruptedError: `stop` said so before anything was written.
+        """
+        handler = self._kinds.get(event.kind)
+        if handler is None:
+            return
+        self._runs.probe()
+        if stop():
+            raise InterruptedError("tracking was closed")
+        handler(event, history)
+
+    def _on_run(self, event: Event, history: Sequence[Event]) -> None:
+        payload = event.payload
+        tags = {
+            "darwin.run_id": self._run_id,
+            "darwin.role": "evolution",
+            "darwin.environment_id": payload.get("environment_id"),
+            "darwin.base_genome_id": payload.get("base_genome_id"),
+            "darwin.command": event.measured.get("command"),
+            "darwin.host": event.measured.get("host"),
+            "mlflow.note.content": NOTE,
+            "mlflow.source.name": "darwin_exp",
+            "mlflow.source.type": "LOCAL",
+            **self._parent_tags,
+        }
+        if self._runs.sweep_run is not None:
+            tags |= {
+                "darwin.sweep_id": self._runs.sweep_id,
+                "mlflow.parentRunId": self._runs.sweep_run,
+            }
+        run = self._runs.run_for("", self._run_id, _milliseconds(event))
+        params = _flat(payload.get("config", {}))
+        params |= _flat(payload.get("environment", {}), "environment.")
+        self._runs.log(run, params=params, tags=tags)
+
+    def _on_session(self, event: Event, history: Sequence[Event]) -> None:
+        if event.payload.get("what") == "resumed":
+            self._runs.reopen(self._runs.parent())
+
+    def _on_individual(self, event: Event, history: Sequence[Event]) -> None:
+        payload, measured = event.payload, event.measured
+        individual_id = str(payload.get("individual_id", event.key))
+        summary = str(payload.get("summary") or "base")
+        seconds = {
+            name: finite(measured.get(name)) or 0.0
+            for name in (
+                "startup_seconds",
+                "training_seconds",
+                "scoring_seconds",
+                "overhead_seconds",
+            )
+        }
+        end = _milliseconds(event)
+        start = max(0, end - int(1000 * sum(seconds.values())))
+        parent = self._runs.parent()
+        run = self._runs.run_for(individual_id, f"{individual_id} {summary[:60]}", start)
+        status, reason = str(payload.get("status")), payload.get("reason")
+        edits = list(payload.get("edits", ()))
+        n_new = int(payload.get("n_new_edits", 0))
+        tags = {
+            "mlflow.parentRunId": parent,
+            "mlflow.source.name": "darwin_exp",
+            "mlflow.source.type": "LOCAL",
+            "mlflow.note.content": _note_of_individual(payload, edits),
+            "individual_id": individual_id,
+            "generation": payload.get("generation"),
+            "slot": payload.get("slot"),
+            "parent_ids": ",".join(payload.get("parent_ids", ())),
+            "editor_id": payload.get("editor_id"),
+            "status": status,
+            "reason": None if reason == "none" else reason,
+            "message": payload.get("message") or None,
+            "repaired": payload.get("repaired"),
+            "contended": measured.get("contended"),
+        }
+        new_edits = edits[len(edits) - n_new :]
+        params = {
+            "summary": summary,
+            "operators": ", ".join(str(edit.get("operator")) for edit in edits),
+            "new_operators": ", ".join(str(edit.get("operator")) for edit in new_edits),
+            "expected_effect": payload.get("expected_effect") or None,
+        }
+        metrics = {
+            **dict(payload.get("metrics", {})),
+            **dict(measured.get("rates", {})),
+            **seconds,
+            "fitness": payload.get("fitness", measured.get("fitness")),
+            "attempts": payload.get("attempts"),
+        }
+        step = int(payload.get("generation", 0))
+        self._runs.log(run, metrics=metrics, params=params, tags=tags, timestamp=end, step=step)
+        self._runs.upload(run, self._run_folder / "individuals" / individual_id, ARTIFACTS)
+        self._runs.end(run, "FINISHED" if status == "OK" else "FAILED", end)
+
+    def _on_generation(self, event: Event, history: Sequence[Event]) -> None:
+        metrics = {
+            f"{which}_{name}": {
+                **dict(event.payload.get(which) or {}),
+                **dict(event.measured.get(which) or {}),
+            }.get(name)
+            for which in ("best", "mean")
+            for name in HEADLINE
+        }
+        metrics["generation_seconds"] = event.measured.get("seconds")
+        step = int(event.payload.get("generation", event.key))
+        tags = {"best_id": event.payload.get("best_id")}
+        self._runs.log(
+            self._runs.parent(),
+            metrics=metrics,
+            tags=tags,
+            timestamp=_milliseconds(event),
+            step=step,
+        )
+        if time.monotonic() - self._plotted_at > SECONDS_BETWEEN_PLOTS:
+            self._plot(history)
+
+    def _on_job(self, event: Event, history: Sequence[Event]) -> None:
+        purpose = event.payload.get("purpose")
+        if purpose in (None, "search"):
+            return
+        name, n_steps = str(purpose), event.payload.get("max_steps")
+        if purpose != "base_repeat":
+            name += f"_{event.payload.get('individual_id')}"
+            name += "" if n_steps is None else f"_{n_steps}_steps"
+
+        def same_series(other: Event) -> bool:
+            keys = ("purpose", "individual_id", "max_steps")
+            return (
+                other.kind == "job"
+                and bool(other.payload.get("metrics"))
+                and all(other.payload.get(key) == event.payload.get(key) for key in keys)
+            )
+
+        step = sum(same_series(e) for e in history if e.sequence <= event.sequence)
+        found = {
+            **dict(event.payload.get("metrics") or {}),
+            **dict(event.measured.get("rates") or {}),
+        }
+        metrics = {f"{name}_{k}": v for k, v in found.items() if "perplexity" in k or k == "mfu"}
+        self._runs.log(
+            self._runs.parent(), metrics=metrics, timestamp=_milliseconds(event), step=step
+        )
+
+    def _on_claim(self, event: Event, history: Sequence[Event]) -> None:
+        flat = _flat({**event.payload, **event.measured}, "claim_", separator="_")
+        numbers = {key: value for key, value in flat.items() if finite(value) is not None}
+        words = {key: value for key, value in flat.items() if key not in numbers}
+        self._runs.log(
+            self._runs.parent(), metrics=numbers, tags=words, timestamp=_milliseconds(event)
+        )
+
+    def _on_end(self, event: Event, history: Sequence[Event]) -> None:
+        parent, end = self._runs.parent(), _milliseconds(event)
+        status = str(event.payload.get("status"))
+        tags = {"darwin.status": status, "darwin.exit_code": event.payload.get("exit_code")}
+        metrics = {"total_seconds": event.measured.get("seconds")}
+        self._runs.log(parent, metrics=metrics, tags=tags, timestamp=end)
+        self._plot(history)
+        self._runs.upload(parent, self._run_folder, CLOSING_ARTIFACTS)
+        self._runs.end(parent, END_STATUS.get(status, "FAILED"), end)
+        if self._runs.sweep_run is not None:
+            self._runs.end(self._runs.sweep_run, "FINISHED", end)
+
+    def _plot(self, history: Sequence[Event]) -> None:
+        def of_kind(kind: str) -> list[dict[str, Any]]:
+            return [{**e.measured, **e.payload} for e in history if e.kind == kind]
+
+        repeats = [job for job in of_kind("job") if job.get("purpose") == "base_repeat"]
+        folder = self._run_folder / "plots"
+        generation_plots(folder, of_kind("individual"), of_kind("generation"), repeats)
+        self._runs.upload(self._runs.parent(), self._run_folder, ("plots",))
+        self._plotted_at = time.monotonic()
+
+
+def _note_of_individual(payload: Mapping[str, Any], edits: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        f"- `{edit.get('operator')}` in `{edit.get('file')}`: {edit.get('why')}" for edit in edits
+    ]
+    if payload.get("message"):
+        lines += ["", f"**{payload.get('status')}** {payload.get('message')}"]
+    return "\n".join(lines)
+
+
+def _milliseconds(event: Event) -> int:
+    return int(1000 * event.written_at)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "", separator: str = ".") -> dict[str, Any]:
+    """Return the leaves of a nested mapping by dotted path; an interval becomes _low and _high."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves |= _flat(value, f"{prefix}{key}{separator}", separator)
+        elif key == "ci95" and isinstance(value, list | tuple) and len(value) == 2:
+            leaves |= {f"{prefix}{key}_low": value[0], f"{prefix}{key}_high": value[1]}
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
