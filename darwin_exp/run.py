@@ -36,7 +36,7 @@ from darwin_exp.evolution import BaseFailed, Parts, Stopped, evolve
 from darwin_exp.individual import Genome
 from darwin_exp.journal import Journal, JournalError
 from darwin_exp.parts import Workshop, folder
-from darwin_exp.protocols import Event, Interrupted, SandboxUnavailable
+from darwin_exp.protocols import Event, Interrupted, SandboxUnavailable, Tracker
 from darwin_exp.tracking import MlflowTracker, NullTracker
 from darwin_exp.trials import Bench, Trials
 
@@ -303,7 +303,7 @@ class _Session:
             for problem in memory.problems:
                 self.watch.note(f"memory: {problem}")
 
-    def _end(self, status: str, tracker: MlflowTracker | NullTracker) -> dict[str, Any]:
+    def _end(self, status: str, tracker: Tracker) -> dict[str, Any]:
         """Leave champion and summary, tell the journal how it ended, and let MLflow catch up."""
         events = self.journal.events()
         if self.journal.find("run", "run") is None:
@@ -346,7 +346,7 @@ class _Session:
             patch = genome.patch_from(self.workshop.base)
             (champion / "champion.patch").write_text(patch, encoding="utf-8")
 
-    def _tracker(self) -> MlflowTracker | NullTracker:
+    def _tracker(self) -> Tracker:
         if self.config.tracking.name == "none":
             return NullTracker()
         runs = self.run_folder.parent

@@ -29,7 +29,9 @@ from typing import Any
 
 READY_FD, CHANNEL_READ_FD, CHANNEL_WRITE_FD = 3, 4, 5
 OUT_OF_MEMORY_CODE = 86  # a hint from untrusted code, and no more than that
-WARM_MODULES = ("torch", "numpy", "safetensors.torch")
+# The first optimizer of any kind imports torch._dynamo: over a second, which would be training time.
+TRAINING_ONLY = "torch._dynamo"
+WARM_MODULES = ("torch", "numpy", "safetensors.torch", TRAINING_ONLY)
 
 Serve = Callable[[dict[str, Any], Path, Any, Any], None]
 
@@ -168,7 +170,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def main() -> None:
     """Run as a script: `launcher.py ZONE THREADS MODULE,... [SERVER]`, in the working directory."""
     zone, threads, modules, *server = sys.argv[1:]
-    warm_up([name for name in modules.split(",") if name])
+    needless = {"", TRAINING_ONLY} if zone == "model" else {""}
+    warm_up([name for name in modules.split(",") if name not in needless])
     end(launch(zone, int(threads), load_server(Path(server[0])) if server else None))
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pytest_benchmark.fixture import BenchmarkFixture
 
 from darwin_exp.evaluation.scorer import negative_log_likelihood
 from darwin_exp.individual import Genome, Individual
@@ -31,14 +30,14 @@ def base() -> Genome:
     return genome.with_files({"settings.json": json.dumps(settings["settings"])})
 
 
-def test_one_event_into_the_journal(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
+def test_one_event_into_the_journal(benchmark: Any, tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     numbers = iter(range(10**9))
     benchmark(lambda: journal.append("step", str(next(numbers)), {"text": "x" * 2000}))
     journal.close()
 
 
-def test_reading_ten_thousand_events(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
+def test_reading_ten_thousand_events(benchmark: Any, tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal._database.execute("PRAGMA synchronous=OFF")
     for n in range(10_000):
@@ -47,14 +46,14 @@ def test_reading_ten_thousand_events(benchmark: BenchmarkFixture, tmp_path: Path
     assert len(benchmark.pedantic(lambda: load(tmp_path), rounds=3)) == 10_000
 
 
-def test_one_proposal_of_built_in_edits(benchmark: BenchmarkFixture, base: Genome) -> None:
+def test_one_proposal_of_built_in_edits(benchmark: Any, base: Genome) -> None:
     parent = Individual("g00-i00", 0, 0, base)
     mutator, seeds = Operators(), iter(range(10**9))
     request = EditRequest(parent, parent)
     benchmark(lambda: mutator.propose(request, Random(next(seeds))))
 
 
-def test_scoring_a_batch_of_8192_tokens(benchmark: BenchmarkFixture) -> None:
+def test_scoring_a_batch_of_8192_tokens(benchmark: Any) -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(128, 64, 80)).astype(np.float32)
     targets = rng.integers(80, size=(128, 64)).astype(np.int32)
@@ -63,7 +62,7 @@ def test_scoring_a_batch_of_8192_tokens(benchmark: BenchmarkFixture) -> None:
 
 @pytest.mark.parametrize("kind", ["process", "bubblewrap"])
 def test_starting_and_ending_a_sandboxed_program(
-    benchmark: BenchmarkFixture, base: Genome, kind: str, tmp_path: Path
+    benchmark: Any, base: Genome, kind: str, tmp_path: Path
 ) -> None:
     genome = base.with_files({"train.py": "print('ready')\n"})
     try:

@@ -26,6 +26,7 @@ from darwin_exp.protocols import (
     Zone,
 )
 from darwin_exp.sandbox.bubblewrap import BubblewrapSandbox
+from darwin_exp.sandbox.confinement import has_processes
 from darwin_exp.sandbox.group import Group
 from darwin_exp.sandbox.process import ProcessSandbox
 from darwin_exp.sandbox.processes import Process, descendants
@@ -303,11 +304,16 @@ class TestEnding:
             if os.fork() != 0:
                 os._exit(0)
         """
-        group = start(train, max_processes=32)
+        group = start(train, max_processes=4000)  # those that ended count until waited for
         assert group.wait(PATIENCE)
+        # It is never the same process when it is looked for; with a user of its own, that tells.
+        owner = group._owner
+        if owner is not None and sandbox.name == "process":
+            assert has_processes(owner)
         group.freeze()
         assert group.close().code == 0
         assert all_gone(sandbox)
+        assert owner is None or not has_processes(owner)
 
     def test_a3_a4_a_child_that_hogs_memory_is_killed_and_said_to_have(self, start: Start) -> None:
         train = """
