@@ -29,7 +29,7 @@ from typing import Any
 
 READY_FD, CHANNEL_READ_FD, CHANNEL_WRITE_FD = 3, 4, 5
 OUT_OF_MEMORY_CODE = 86  # a hint from untrusted code, and no more than that
-# The first optimizer of any kind imports torch._dynamo: over a second, which would be training time.
+# The first optimizer of any kind imports it: over a second, which would be training time.
 TRAINING_ONLY = "torch._dynamo"
 WARM_MODULES = ("torch", "numpy", "safetensors.torch", TRAINING_ONLY)
 
