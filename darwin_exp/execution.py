@@ -73,7 +73,7 @@ class _Slot:
         self._mutex = threading.Lock()
         self._closed = False
 
-    def warm(self, spec: SandboxSpec) -> tuple[Sandbox, Evaluator]:
+    def parts_for(self, spec: SandboxSpec) -> tuple[Sandbox, Evaluator]:
         with self._mutex:
             if self._closed:
                 raise Interrupted
@@ -84,12 +84,17 @@ class _Slot:
                 self._spec = spec
             return self._sandbox, self._evaluator
 
+    def prepare(self, spec: SandboxSpec) -> None:
+        """Start the sandbox ahead of the first job, which will meet and report any failure."""
+        with suppress(Exception):
+            self.parts_for(spec)[0].warm_up()
+
     def run(self, job: Job) -> JobResult:
         from darwin_exp.evaluation.job import run_job
 
         self._watch(self._slot, job.job_id)
         try:
-            sandbox, evaluator = self.warm(job.sandbox)
+            sandbox, evaluator = self.parts_for(job.sandbox)
             return run_job(job, sandbox, evaluator)
         except Exception as failure:
             if self._closed:
@@ -122,11 +127,17 @@ class SerialExecutor:
     """Runs each job in the thread that submits it."""
 
     def __init__(
-        self, cpus: tuple[int, ...], hidden: tuple[Path, ...] = (), watch: SlotWatch | None = None
+        self,
+        cpus: tuple[int, ...],
+        spec: SandboxSpec | None = None,
+        hidden: tuple[Path, ...] = (),
+        watch: SlotWatch | None = None,
     ) -> None:
         self.n_slots = 1
         self._slot = _Slot(0, cpus, hidden, watch or _ignore)
         self._turn = threading.Lock()
+        if spec is not None:
+            self._slot.prepare(spec)
 
     def submit(self, job: Job) -> Future[JobResult]:
         """Run a job and return its finished Future."""
@@ -144,11 +155,19 @@ class SerialExecutor:
 
 
 class ThreadsExecutor:
-    """Runs jobs on several slots of this machine; the work itself happens in their sandboxes."""
+    """Runs jobs on several slots of this machine; the work itself happens in their sandboxes.
+
+    Args:
+        cpus: the cores of each slot.
+        spec: the sandbox that is started at once, so that no job has to wait for it.
+        hidden: folders that no candidate may see.
+        watch: told (slot, job id) when a job begins, and (slot, "") when it has ended.
+    """
 
     def __init__(
         self,
         cpus: Sequence[tuple[int, ...]],
+        spec: SandboxSpec | None = None,
         hidden: tuple[Path, ...] = (),
         watch: SlotWatch | None = None,
     ) -> None:
@@ -158,7 +177,9 @@ class ThreadsExecutor:
         self._door = threading.Lock()  # nothing is queued behind the notes that end the threads
         self._slots = [_Slot(k, own, hidden, watch or _ignore) for k, own in enumerate(cpus)]
         self._threads = [
-            threading.Thread(target=self._serve, args=(slot, own), name=f"slot-{k}", daemon=True)
+            threading.Thread(
+                target=self._serve, args=(slot, own, spec), name=f"slot-{k}", daemon=True
+            )
             for k, (slot, own) in enumerate(zip(self._slots, cpus, strict=True))
         ]
         for thread in self._threads:
@@ -188,10 +209,12 @@ class ThreadsExecutor:
         for slot in self._slots:
             slot.close()
 
-    def _serve(self, slot: _Slot, cpus: tuple[int, ...]) -> None:
+    def _serve(self, slot: _Slot, cpus: tuple[int, ...], spec: SandboxSpec | None) -> None:
         # Scoring runs in this thread: on the slot's own cores it disturbs no other slot.
         with suppress(OSError):
             os.sched_setaffinity(0, cpus)
+        if spec is not None:
+            slot.prepare(spec)
         while (task := self._jobs.get()) is not None:
             job, future = task
             _settle(future, slot, job)

@@ -187,11 +187,12 @@ def build_memory(config: DarwinConfig, run_id: str) -> Memory:
 def build_executor(workshop: Workshop, watch: Callable[[int, str], None]) -> Executor:
     """Make the executor that was chosen, with its slots."""
     config = workshop.config
+    spec = build_specs(config, None)[2]
     # Held-out text, other runs and their keys are hidden from candidates where the sandbox can.
     hidden = tuple(folder(p) for p in (config.paths.data, config.paths.runs, config.paths.memory))
     if config.executor.name == "serial":
-        return execution.SerialExecutor(workshop.slots[0], hidden, watch)
-    return execution.ThreadsExecutor(workshop.slots, hidden, watch)
+        return execution.SerialExecutor(workshop.slots[0], spec, hidden, watch)
+    return execution.ThreadsExecutor(workshop.slots, spec, hidden, watch)
 
 
 def build_plan(config: DarwinConfig, data: DataSpec) -> Plan:
@@ -303,6 +304,8 @@ def _choose_sandbox(config: DarwinConfig, announce: Announce, trusted: bool) -> 
         except SandboxUnavailable as missing:
             box.name = "process"
             announce(f"sandbox: process, for careless code only. Stronger: {missing}")
+    elif box.name == "process":
+        announce("sandbox: process, for careless code only. Stronger: sandbox=bubblewrap")
     try:
         (BubblewrapSandbox if box.name == "bubblewrap" else ProcessSandbox).check()
     except SandboxUnavailable as missing:

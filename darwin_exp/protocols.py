@@ -232,6 +232,10 @@ class Sandbox(Protocol):
         """Return what the configuration calls it."""
         ...
 
+    def warm_up(self) -> None:
+        """Do ahead of time what every start needs, so that no candidate's time is spent on it."""
+        ...
+
     def start(self, launch: Launch) -> Sandboxed:
         """Start a program and return once it has signalled ready.
 

@@ -200,8 +200,7 @@ class _Session:
             try:
                 self._begin()
                 self.journal.listen(tracker.follow)
-                tracker.ready(READY_SECONDS)
-                status = self._evolve()
+                status = self._evolve(tracker)
             except (KeyboardInterrupt, Interrupted):
                 status = summaries.INTERRUPTED
             with _uninterrupted():
@@ -243,6 +242,7 @@ class _Session:
                     "command": self.command.text,
                     "host": socket.gethostname(),
                     "peak_flops": peak,
+                    "n_slots": len(workshop.slots),
                 },
             ),
             given={"base_genome_id": workshop.base.id},
@@ -262,7 +262,7 @@ class _Session:
             f"selection {config.selection.name}, memory {config.memory.name}",
         ]
 
-    def _evolve(self) -> str:
+    def _evolve(self, tracker: Tracker) -> str:
         config, workshop = self.config, self.workshop
         peak = self.run_event.measured["peak_flops"]
         training, evaluation, box = workshop_of.build_specs(config, peak)
@@ -289,6 +289,7 @@ class _Session:
             run_folder=self.run_folder,
         )
         try:
+            tracker.ready(READY_SECONDS)  # the sandboxes warm up meanwhile
             evolve(workshop.base, self.plan, parts)
             return summaries.FINISHED
         except Stopped as cap:

@@ -162,7 +162,32 @@ def _seconds(events: Sequence[Event]) -> dict[str, Any]:
         "training": sum(job["training_seconds"] for job in jobs),
         "scoring": sum(job["scoring_seconds"] for job in jobs),
         "overhead": sum(job["overhead_seconds"] for job in jobs),
+        "busy_share": _busy_share(events),
     }
+
+
+def _busy_share(events: Sequence[Event]) -> float | None:
+    """Return the share of slot time that trained or scored, until the last rewrite was submitted.
+
+    None for a run that was resumed: its pauses are no slot time.
+    """
+    jobs = [event for event in events if event.kind in ("job", "timing")]
+    searched = [event for event in jobs if event.payload["purpose"] == "search"]
+    sessions = [event for event in events if event.kind == "session"]
+    run = next(event for event in events if event.kind == "run")
+    if not searched or len(sessions) != 1 or "n_slots" not in run.measured:
+        return None
+    begin = min(event.written_at - event.measured["total_seconds"] for event in jobs)
+    end = max(event.written_at - event.measured["total_seconds"] for event in searched)
+    if end <= begin:
+        return None
+    busy = 0.0
+    for event in jobs:
+        useful = event.measured["training_seconds"] + event.measured["scoring_seconds"]
+        total = event.measured["total_seconds"]
+        inside = min(end, event.written_at) - (event.written_at - total)
+        busy += useful * max(0.0, min(1.0, inside / total)) if total > 0 else 0.0
+    return float(busy / ((end - begin) * run.measured["n_slots"]))
 
 
 def _alive(events: Sequence[Event]) -> float:

@@ -199,6 +199,14 @@ class SupervisedSandbox:
         """
         return self._housed
 
+    def warm_up(self) -> None:
+        """Wait until the fork server has imported what candidates will need.
+
+        Raises:
+            InfrastructureFailure: it ended, took too long, or the sandbox was closed.
+        """
+        self._fork_server.warm_up(self._closing)
+
     def start(self, launch: Launch) -> Group:
         """Start a program and return once it has signalled ready.
 
