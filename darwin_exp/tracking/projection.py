@@ -206,7 +206,8 @@ class Projection:
         )
 
     def _on_claim(self, event: Event, history: Sequence[Event]) -> None:
-        flat = _flat({**event.payload, **event.measured}, "claim_", separator="_")
+        about = {name: value for name, value in event.payload.items() if name != "claim"}
+        flat = _flat({**about, **(event.payload.get("claim") or {})}, "claim_", separator="_")
         numbers = {key: value for key, value in flat.items() if finite(value) is not None}
         words = {key: value for key, value in flat.items() if key not in numbers}
         self._runs.log(

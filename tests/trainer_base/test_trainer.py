@@ -376,7 +376,7 @@ def test_the_rate_rises_through_the_warm_up_and_then_only_falls(
     early, late = sorted((early, late))
     rate = finished.names["learning_rate"]
     peak, warmup = TINY["learning_rate"], TINY["warmup_fraction"]
-    assert 0.0 <= rate(early) <= peak
+    assert 0.0 <= rate(early) <= peak * (1 + 1e-12)
     if late < warmup:
         assert rate(early) <= rate(late)
     elif early >= warmup:
