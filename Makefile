@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest
+# Two test processes at a time; files stay together, since their fixtures are dear.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-fast check format bench ui clean
@@ -42,7 +43,7 @@ format: setup ## put the code into shape
 	$(BIN)/ruff check --fix .
 
 bench: setup ## run the benchmarks and print their table
-	$(PYTEST) tests/benchmarks --benchmark-only
+	$(BIN)/python -m pytest tests/benchmarks --benchmark-only
 
 ui: setup ## the MLflow UI on this checkout's runs, at http://127.0.0.1:5000
 	@mkdir -p runs

@@ -90,11 +90,13 @@ class FakeRun:
             {
                 "baseline_id": "g00-i00",
                 "selected_id": "g00-i02",
-                "n_per_side": 4,
-                "perplexity_percent": 8.5,
-                "ci95": [6.0, 11.0],
-                "p_value": 0.01,
-                "significant": True,
+                "claim": {
+                    "n_base": 4,
+                    "perplexity_percent": 8.5,
+                    "ci95": [6.0, 11.0],
+                    "p_value": 0.01,
+                    "significant": True,
+                },
             },
             {},
         )
