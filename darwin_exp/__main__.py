@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import traceback
 from pathlib import Path
 
 import hydra
@@ -30,14 +31,24 @@ from darwin_exp.run import Command, run
 EXIT_CODES: list[int] = []
 
 
+class _Console(Console):
+    """A console whose reader may go away (`| head`) without taking the run with it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @hydra.main(version_base="1.3", config_path=str(schema.CONF), config_name="config")
 def _job(composed: DictConfig) -> None:
     """Run one job to its own end, whatever happens, and note its exit code."""
     EXIT_CODES.append(_exit_code_of(composed))
+    if EXIT_CODES[-1] == summary.BY_SIGNAL:
+        raise KeyboardInterrupt  # or a sweep would begin its next job
 
 
 def _exit_code_of(composed: DictConfig) -> int:
-    console = Console()
+    console = _Console()
     try:
         config = schema.typed(composed)
         return run(config, _command(composed), _watch(config, console))
@@ -48,8 +59,12 @@ def _exit_code_of(composed: DictConfig) -> int:
         _say(explain(error))
         return summary.WRONG
     except KeyboardInterrupt:
-        _say("interrupted before the run had begun; nothing was written")
+        _say("interrupted before the run had begun")
         return summary.BY_SIGNAL
+    except Exception:
+        traceback.print_exc()
+        _say("that is a defect of DARWIN; what was recorded is safe, and resume=latest goes on")
+        return summary.WRONG
 
 
 def _command(composed: DictConfig) -> Command:
@@ -62,7 +77,7 @@ def _command(composed: DictConfig) -> Command:
         text=f"python -m darwin_exp {arguments}".strip(),
         overrides=overrides,
         chosen={group: composed[group] for group in groups},
-        sweep_id=Path(typed.sweep.dir).name if in_sweep else None,
+        sweep_folder=Path(typed.sweep.dir).resolve() if in_sweep else None,
     )
 
 
@@ -89,6 +104,9 @@ def main() -> None:
         _job()
     except (HydraException, OmegaConfBaseException) as error:
         _say(explain(error))
+        sys.exit(summary.WRONG)
+    except OSError as error:  # Hydra makes the sweep's folder
+        _say(f"{error.filename}: {error.strerror}; choose another folder")
         sys.exit(summary.WRONG)
     except KeyboardInterrupt:
         sys.exit(summary.BY_SIGNAL)

@@ -6,6 +6,7 @@ Writes: the journal's "individual" and "generation" events, the memory, runs/RUN
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -88,6 +89,7 @@ class Archive:
         """Write an individual's code and its patch against the parent, unless it is finished."""
         if self._journal.find("individual", name) is None:
             folder = self._folder / name
+            shutil.rmtree(folder / "code", ignore_errors=True)  # of an earlier attempt
             genome.write_to(folder / "code")
             (folder / "change.patch").write_text(genome.patch_from(parent), encoding="utf-8")
 

@@ -22,7 +22,9 @@ from darwin_exp.trials import Trial, Trials
 AtOnce = Callable[[Iterable[Callable[[], Any]]], list[Any]]
 
 # The runs of a re-timing: name, share of the steps claimed in the search, fewest steps.
-RETIMINGS = (("short", 0.08, 4), ("long", 0.3, 12))
+LONG_SHARE = 0.3
+RETIMINGS = (("short", 0.08, 4), ("long", LONG_SHARE, 12))
+LONGEST_SECONDS = 20.0  # about what the long one may take, however long the search trained
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,18 @@ class Closing:
         front = pareto_front(ok, ("val_perplexity", "mfu"))
         timed = {one.individual_id: one for one in (base, selected, *front)}
         self.at_once([lambda one=one: self._retime(one) for one in timed.values()])  # type: ignore[misc]
-        claim = self._claim(base, selected, last)
+        key = f"after-g{last:02d}"
+        earlier = [event for event in self.journal.of_kind("claim") if event.key < key]
+        claim = self._claim(base, selected, last, len(earlier))
         self.journal.once(
             "claim",
-            f"after-g{last:02d}",
+            key,
             lambda: ({"claim": None if claim is None else asdict(claim)}, {}),
             given={
                 "baseline_id": base.individual_id,
                 "selected_id": selected.individual_id,
                 "why_none": self._why_no_claim(base, selected),
+                "earlier_claims": len(earlier),  # each has read the test split before this one
             },
         )
 
@@ -70,8 +75,15 @@ class Closing:
             return "the data set has no test split"
         return None
 
-    def _claim(self, base: Individual, selected: Individual, last: int) -> Claim | None:
-        """Train both with fresh seeds, interleaved, and compare their log perplexities on test."""
+    def _claim(
+        self, base: Individual, selected: Individual, last: int, n_earlier: int
+    ) -> Claim | None:
+        """Train both with fresh seeds, interleaved, and compare their log perplexities on test.
+
+        Args:
+            n_earlier: claims that have read the test split before; each further look at it is
+                held to a stricter level (Bonferroni).
+        """
         if self._why_no_claim(base, selected):
             return None
         pairs = []
@@ -87,7 +99,8 @@ class Closing:
             scored = result.evaluation
             if scored is not None and scored.status is Status.OK:
                 losses[one.individual_id].append(math.log(scored.metrics["test_perplexity"]))
-        return welch(losses[base.individual_id], losses[selected.individual_id])
+        alpha = 0.05 / (1 + n_earlier)
+        return welch(losses[base.individual_id], losses[selected.individual_id], alpha)
 
     def _read_test(self, individual: Individual, name: str) -> JobResult:
         self.journal.once(
@@ -104,6 +117,7 @@ class Closing:
         steps = search.measured["steps_claimed"] if search else None
         if search is None or steps is None or individual.measured("mfu") is None:
             return
+        most = round(LONGEST_SECONDS * steps / max(search.measured["training_seconds"], 1e-9))
         runs = []
         for what, share, fewest in RETIMINGS:
             name = f"{individual.individual_id}/retime-{what}"
@@ -114,7 +128,7 @@ class Closing:
                 individual.genome,
                 None,
                 f"individuals/{name}",
-                max_steps=max(fewest, round(share * steps)),
+                max_steps=max(fewest, round(min(share * steps, share / LONG_SHARE * most))),
             )
             runs.append(self.trials.run(trial))
         bound = search.measured["details"].get("speed", {}).get("tokens_per_second_bound")

@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -32,6 +33,9 @@ def _key(default: Any, help: str, operational: bool = False) -> Any:
         kind, value = type(default), default
         return field(default_factory=lambda: kind(value), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+OBJECTIVES = frozenset({"val_perplexity", "val_bpb", "mfu", "tokens_per_second"})
 
 
 class Dedup(Enum):
@@ -234,7 +238,9 @@ class DarwinConfig:
     seed: int = _key(0, "seed of every random decision of the run")
     budget_seconds: float = _key(12.0, "wall clock of one training")
     max_steps: int | None = _key(None, "optimizer steps of one training; null trains by the clock")
-    workers: int | None = _key(None, "slots that train at once; null takes at most 2", True)
+    workers: int | None = _key(
+        None, "slots that train at once (null: 2); fixed under a clock", True
+    )
     dedup: Dedup = _key(Dedup.reject, "reject code that was seen before, or replicate it")
     keep: Keep = _key(Keep.survivors, "whose checkpoints are kept: survivors or all", True)
     max_hours: float | None = _key(None, "stop, resumably, after so many hours", True)
@@ -339,6 +345,16 @@ def check(config: DarwinConfig) -> None:
         )
     if isinstance(config.selection, TournamentConfig):
         _at_least("selection.size", config.selection.size, 1)
+    if isinstance(config.selection, Nsga2Config):
+        wrong = set(config.selection.objectives) - OBJECTIVES
+        if wrong or not config.selection.objectives:
+            raise ConfigError(
+                f"selection.objectives={config.selection.objectives} must name some of "
+                f"{', '.join(sorted(OBJECTIVES))}"
+            )
+    if isinstance(config.memory, JsonMemoryConfig):
+        _at_least("memory.capacity", config.memory.capacity, 1)
+    _at_least("sandbox.uid", config.sandbox.uid, 1)
     if isinstance(config.mutator, OperatorsConfig):
         fewest_and_most = config.mutator.edits_per_child
         if len(fewest_and_most) != 2 or not 1 <= fewest_and_most[0] <= fewest_and_most[1]:
@@ -449,7 +465,14 @@ def from_yaml(path: Path, overrides: list[str], chosen: Mapping[str, Any]) -> Da
         recorded = OmegaConf.load(path)
         assert isinstance(recorded, DictConfig)
         names = {group: str(recorded[group].get("name", group)) for group in GROUPS}
-    except (OSError, ValueError, AssertionError, OmegaConfBaseException) as error:
+    except (
+        OSError,
+        ValueError,
+        AssertionError,
+        AttributeError,
+        yaml.YAMLError,
+        OmegaConfBaseException,
+    ) as error:
         raise ConfigError(f"{path}: {error}; this run cannot be resumed") from error
     tree = OmegaConf.structured(DarwinConfig)
     for group in GROUPS:

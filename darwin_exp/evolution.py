@@ -109,7 +109,7 @@ def evolve(base_genome: Genome, plan: Plan, parts: Parts) -> None:
     lives = _Lives(plan, parts)
     population = lives.fill(lives.live_base(base_genome))
     for generation in range(1, plan.n_generations + 1):
-        if lives.are_stagnant():
+        if lives.are_stagnant() and not lives.has_begun(generation):
             break
         rng = randomness.stream(plan.seed, "selection", generation)
         survivors = parts.selector.survivors(population, plan.n_survivors, rng)
@@ -148,6 +148,10 @@ class _Lives:
             )
         unborn = Individual(name, 0, 0, genome, summary="the base")
         base = self.archive.judged(unborn, result, attempts=1)
+        if base.fitness is None:
+            raise BaseFailed(
+                "the base has no fitness: its MFU could not be measured; use fitness=perplexity"
+            )
         self._finish(base, result)
         self.archive.found(base)
         return base
@@ -199,7 +203,6 @@ class _Lives:
 
     def live_one(self, birth: Birth) -> Individual:
         """Lead one individual through its life: edit, train and score; mend, train again."""
-        self._stop_at_the_cap()
         lessons = self.parts.memory.recall(birth.parent, birth.editor)
         request = EditRequest(
             birth.parent, birth.editor, birth.mate, lessons, ordinal=birth.ordinal
@@ -227,6 +230,10 @@ class _Lives:
         """Return the living: those who survived, and those of their offspring who are OK."""
         seconds = time.monotonic() - self._began
         return self.archive.close_generation(generation, survivors, offspring, seconds)
+
+    def has_begun(self, generation: int) -> bool:
+        """Tell whether the journal holds anything of a generation."""
+        return self.parts.journal.find("proposal", f"{name_of(generation, 0)}/0") is not None
 
     def are_stagnant(self) -> bool:
         """Tell whether the best has stood still for as many generations as the plan bears."""
@@ -257,6 +264,7 @@ class _Lives:
             if failures:
                 return None
             try:
+                self._stop_at_the_cap()
                 return task()
             except BaseException as failure:
                 failures.append(failure)

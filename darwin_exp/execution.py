@@ -53,9 +53,11 @@ def slots(n: int, threads: int) -> list[tuple[int, ...]]:
     """
     cores = sorted(os.sched_getaffinity(0))
     if n * threads > len(cores):
+        fits = len(cores) // threads
+        cure = f"workers={fits}" if fits else f"sandbox.threads={len(cores)}"
         raise ValueError(
             f"workers={n} slots of sandbox.threads={threads} need {n * threads} cores and this "
-            f"machine offers {len(cores)}; use workers={max(1, len(cores) // threads)}"
+            f"machine offers {len(cores)}; use {cure}"
         )
     return [tuple(cores[k * threads : (k + 1) * threads]) for k in range(n)]
 
@@ -71,17 +73,20 @@ class _Slot:
         self._sandbox: Sandbox | None = None
         self._evaluator: Evaluator | None = None
         self._mutex = threading.Lock()
-        self._closed = False
+        self._closed = threading.Event()
 
     def parts_for(self, spec: SandboxSpec) -> tuple[Sandbox, Evaluator]:
         with self._mutex:
-            if self._closed:
+            if self._closed.is_set():
                 raise Interrupted
             if self._sandbox is None or self._evaluator is None or spec != self._spec:
                 if self._sandbox is not None:
                     self._sandbox.close()
                 self._sandbox, self._evaluator = build(spec, self._slot, self._cpus, self._hidden)
                 self._spec = spec
+            if self._closed.is_set():  # while it was being built
+                self._sandbox.close()
+                raise Interrupted
             return self._sandbox, self._evaluator
 
     def prepare(self, spec: SandboxSpec) -> None:
@@ -92,12 +97,15 @@ class _Slot:
     def run(self, job: Job) -> JobResult:
         from darwin_exp.evaluation.job import run_job
 
-        self._watch(self._slot, job.job_id)
         try:
+            self._watch(self._slot, job.job_id)
             sandbox, evaluator = self.parts_for(job.sandbox)
-            return run_job(job, sandbox, evaluator)
+            result = run_job(job, sandbox, evaluator)
+            if self._closed.is_set():
+                raise Interrupted  # what we killed can look like the candidate's own failure
+            return result
         except Exception as failure:
-            if self._closed:
+            if self._closed.is_set():
                 raise Interrupted from failure
             self._discard()
             if isinstance(failure, InfrastructureFailure | Interrupted):
@@ -117,7 +125,7 @@ class _Slot:
 
     def close(self) -> None:
         # Not under the mutex: a job that is just running must be killed, not waited for.
-        self._closed = True
+        self._closed.set()
         sandbox = self._sandbox
         if sandbox is not None:
             sandbox.close()
@@ -225,6 +233,8 @@ def _settle(future: Future[JobResult], slot: _Slot, job: Job) -> None:
         future.set_result(slot.run(job))
     except (InfrastructureFailure, Interrupted) as failure:
         future.set_exception(failure)
+    except BaseException as failure:  # or whoever waits for this job would wait for ever
+        future.set_exception(InfrastructureFailure(f"{type(failure).__name__}: {failure}"))
 
 
 def _ignore(slot: int, what: str) -> None:

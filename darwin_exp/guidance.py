@@ -29,7 +29,7 @@ def help_text() -> str:
         "",
         "  python -m darwin_exp +experiment=NAME [group=variant] [key=value] [+debug=tiny]",
         "  python -m darwin_exp -m +experiment=baseline memory=json,off seed=0,1,2",
-        "  python -m darwin_exp resume=RUN_ID|latest [n_generations=20] [workers=4]",
+        "  python -m darwin_exp resume=RUN_ID|latest [n_generations=20] [max_hours=8]",
         "",
         "Experiments (whole recipes; add with +experiment=NAME)",
     ]

@@ -173,6 +173,19 @@ def load_library(root: Path, exclude: str, problems: list[str] | None = None) ->
     return tuple(lessons[key] for key in sorted(lessons))
 
 
+def as_snapshot(lessons: tuple[Lesson, ...]) -> dict[str, Any]:
+    """Return a library as JSON for the journal, with its hash."""
+    return {
+        "content_hash": content_hash(lessons),
+        "lessons": [_to_entry(lesson) for lesson in lessons],
+    }
+
+
+def from_snapshot(snapshot: Mapping[str, Any]) -> tuple[Lesson, ...]:
+    """Return the library that the journal holds."""
+    return tuple(_from_entry(entry) for entry in snapshot["lessons"])
+
+
 def content_hash(lessons: Iterable[Lesson]) -> str:
     """Return the SHA-256 of lessons in their order, 64 hexadecimal digits."""
     return hashlib.sha256(_to_bytes([_to_entry(lesson) for lesson in lessons])).hexdigest()

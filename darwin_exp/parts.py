@@ -29,8 +29,23 @@ from darwin_exp.individual import (
     SandboxSpec,
     TrainingSpec,
 )
-from darwin_exp.memory import JsonMemory, NoMemory, load_library
-from darwin_exp.protocols import Executor, Lesson, Memory, Mutator, SandboxUnavailable, Selector
+from darwin_exp.journal import Journal
+from darwin_exp.memory import (
+    JsonMemory,
+    NoMemory,
+    as_snapshot,
+    from_snapshot,
+    load_library,
+)
+from darwin_exp.protocols import (
+    Executor,
+    InfrastructureFailure,
+    Lesson,
+    Memory,
+    Mutator,
+    SandboxUnavailable,
+    Selector,
+)
 from darwin_exp.selection import NSGA2, RandomSelection, Roulette, Tournament, Truncation
 from data import DataError, DatasetRequest, DataUnavailable, prepare, read_meta, verify
 
@@ -80,7 +95,10 @@ def prepare_workshop(
         ConfigError: names the key or file, and the cure.
     """
     _check_folders(config)
+    _anchor_paths(config)
     mutator = build_mutator(config.mutator)
+    build_selector(config.selection)
+    build_fitness(config.fitness)
     if config.workers is None:
         cores = len(os.sched_getaffinity(0))
         config.workers = max(1, min(MOST_SLOTS_BY_DEFAULT, cores // config.sandbox.threads))
@@ -91,13 +109,13 @@ def prepare_workshop(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     _check_device(config.sandbox)
-    _choose_sandbox(config, announce, mutator.trusted)
-    genome = base or base_genome(config)
+    _choose_sandbox(config, announce, mutator.trusted, may_fall_back)
+    genome = base or base_genome(config, announce)
     data = _prepare_data(config, announce, may_fall_back)
     return Workshop(config, genome, data, mutator, slots, _environment(config, data))
 
 
-def base_genome(config: DarwinConfig) -> Genome:
+def base_genome(config: DarwinConfig, announce: Announce) -> Genome:
     """Read genome.dir and give it the trainer's settings, unless it brings its own.
 
     Raises:
@@ -111,6 +129,11 @@ def base_genome(config: DarwinConfig) -> Genome:
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     if "settings.json" in genome.as_dict:
+        announce(f"genome.dir: {path} brings its own settings.json; trainer's are not used")
+        try:
+            config.trainer.settings = json.loads(genome.as_dict["settings.json"])
+        except ValueError as error:
+            raise ConfigError(f"genome.dir: {path / 'settings.json'}: {error}") from error
         return genome
     text = json.dumps(config.trainer.settings, indent=2) + "\n"
     return genome.with_files({"settings.json": text})
@@ -162,11 +185,10 @@ def build_fitness(chosen: schema.FitnessConfig) -> Fitness:
     return MfuFitness() if chosen.name == "mfu" else PerplexityFitness()
 
 
-def build_memory(config: DarwinConfig, run_id: str) -> Memory:
+def build_memory(config: DarwinConfig, run_id: str, journal: Journal) -> Memory:
     """Make the memory that was chosen.
 
-    Raises:
-        ConfigError: its settings do not fit.
+    A library is read once, when the run begins: what it held then is kept in the journal.
     """
     chosen = config.memory
     if not isinstance(chosen, schema.JsonMemoryConfig):
@@ -175,11 +197,11 @@ def build_memory(config: DarwinConfig, run_id: str) -> Memory:
     problems: list[str] = []
     library: tuple[Lesson, ...] = ()
     if chosen.scope is schema.Scope.library:
-        library = load_library(root, run_id, problems)
-    try:
-        memory = JsonMemory(root / run_id, chosen.scope.value, chosen.capacity, library)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+        snapshot = journal.once(
+            "library", "library", lambda: (as_snapshot(load_library(root, run_id, problems)), {})
+        )
+        library = from_snapshot(snapshot.payload)
+    memory = JsonMemory(root / run_id, chosen.scope.value, chosen.capacity, library)
     memory.problems += problems
     return memory
 
@@ -190,6 +212,8 @@ def build_executor(workshop: Workshop, watch: Callable[[int, str], None]) -> Exe
     spec = build_specs(config, None)[2]
     # Held-out text, other runs and their keys are hidden from candidates where the sandbox can.
     hidden = tuple(folder(p) for p in (config.paths.data, config.paths.runs, config.paths.memory))
+    if config.dataset.path is not None:
+        hidden += (folder(config.dataset.path),)
     if config.executor.name == "serial":
         return execution.SerialExecutor(workshop.slots[0], spec, hidden, watch)
     return execution.ThreadsExecutor(workshop.slots, spec, hidden, watch)
@@ -254,7 +278,7 @@ def measure_peak(workshop: Workshop, announce: Announce) -> float | None:
     cache = folder(workshop.config.paths.runs) / ".peaks"
     try:
         peak = load_or_measure_peak(cache, box.threads, workshop.slots, box.device)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, InfrastructureFailure) as error:
         announce(f"MFU is left out: the machine's peak could not be measured ({error})")
         return None
     return None if peak is None else peak.flops
@@ -278,6 +302,14 @@ def _check_folders(config: DarwinConfig) -> None:
             ) from error
 
 
+def _anchor_paths(config: DarwinConfig) -> None:
+    """Make the user's own paths absolute, so that the run can be resumed from anywhere."""
+    if config.dataset.path is not None and Path(config.dataset.path).expanduser().exists():
+        config.dataset.path = str(Path(config.dataset.path).expanduser().resolve())
+    if isinstance(config.mutator, schema.ScriptedConfig):
+        config.mutator.file = str(Path(config.mutator.file).expanduser().resolve())
+
+
 def _check_device(box: schema.SandboxConfig) -> None:
     if box.device != "cuda":
         return
@@ -290,7 +322,9 @@ def _check_device(box: schema.SandboxConfig) -> None:
         )
 
 
-def _choose_sandbox(config: DarwinConfig, announce: Announce, trusted: bool) -> None:
+def _choose_sandbox(
+    config: DarwinConfig, announce: Announce, trusted: bool, may_fall_back: bool
+) -> None:
     """Resolve sandbox=auto, and refuse a sandbox that is absent or too weak for the code."""
     from darwin_exp.sandbox.bubblewrap import BubblewrapSandbox
     from darwin_exp.sandbox.process import ProcessSandbox
@@ -302,6 +336,10 @@ def _choose_sandbox(config: DarwinConfig, announce: Announce, trusted: bool) -> 
             box.name = "bubblewrap"
             announce("sandbox: bubblewrap (no network, read-only system)")
         except SandboxUnavailable as missing:
+            if not may_fall_back:
+                raise ConfigError(
+                    f"sandbox=auto: {missing}; in a sweep say sandbox=process to do without"
+                ) from missing
             box.name = "process"
             announce(f"sandbox: process, for careless code only. Stronger: {missing}")
     elif box.name == "process":

@@ -26,6 +26,7 @@ from darwin_exp import summary as summaries
 from darwin_exp.config import (
     ConfigError,
     DarwinConfig,
+    Scope,
     as_yaml,
     from_yaml,
     leaves,
@@ -36,9 +37,9 @@ from darwin_exp.evolution import BaseFailed, Parts, Stopped, evolve
 from darwin_exp.individual import Genome
 from darwin_exp.journal import Journal, JournalError
 from darwin_exp.parts import Workshop, folder
-from darwin_exp.protocols import Event, Interrupted, SandboxUnavailable, Tracker
+from darwin_exp.protocols import Event, Interrupted, Tracker
 from darwin_exp.tracking import MlflowTracker, NullTracker
-from darwin_exp.trials import Bench, Trials
+from darwin_exp.trials import Bench, Broken, Trials
 
 LATEST = "latest"
 READY_SECONDS = 60.0  # MLflow's first start makes its tables; training waits for it to be quiet
@@ -53,13 +54,17 @@ class Command:
         text: the command line, for people.
         overrides: `key=value` as typed.
         chosen: the composed node of every group whose variant was typed.
-        sweep_id: the sweep that this run belongs to, if any.
+        sweep_folder: of the sweep that this run belongs to, if any.
     """
 
     text: str
     overrides: tuple[str, ...] = ()
     chosen: Mapping[str, Any] | None = None
-    sweep_id: str | None = None
+    sweep_folder: Path | None = None
+
+    @property
+    def sweep_id(self) -> str | None:
+        return None if self.sweep_folder is None else self.sweep_folder.name
 
 
 def run(config: DarwinConfig, command: Command, watch: Watch) -> int:
@@ -71,13 +76,19 @@ def run(config: DarwinConfig, command: Command, watch: Watch) -> int:
     """
     if config.resume is not None:
         return _resume(config, command, watch)
-    workshop = workshop_of.prepare_workshop(
-        config, watch.note, may_fall_back=command.sweep_id is None
-    )
+    in_sweep = command.sweep_folder is not None
+    if in_sweep and getattr(config.memory, "scope", None) is Scope.library:
+        raise ConfigError(
+            "memory.scope=library: the jobs of a sweep would learn from one another; use "
+            "memory.scope=population"
+        )
+    workshop = workshop_of.prepare_workshop(config, watch.note, may_fall_back=not in_sweep)
     run_folder = _new_folder(folder(config.paths.runs))
     with _journal_of(run_folder) as journal:
-        _write(run_folder / "config.yaml", as_yaml(config))
+        _write_config(run_folder, config)
         _point_latest_to(run_folder)
+        if command.sweep_folder is not None:
+            _list_in_sweep(command.sweep_folder, run_folder, command.text)
         return _Session(workshop, run_folder, journal, command, watch).work()
 
 
@@ -93,8 +104,9 @@ def _resume(config: DarwinConfig, command: Command, watch: Watch) -> int:
         base = None if begun is None else Genome.of(begun.payload["files"])
         workshop = workshop_of.prepare_workshop(wanted, watch.note, base, may_fall_back=False)
         if begun is not None:
-            _refuse_other_environment(run_folder, begun.payload["environment"], workshop)
-        _write(run_folder / "config.yaml", as_yaml(wanted))
+            _refuse_other_environment(run_folder, begun, workshop)
+        _refuse_shorter(wanted, journal)
+        _write_config(run_folder, wanted)
         return _Session(workshop, run_folder, journal, command, watch).work()
 
 
@@ -130,13 +142,39 @@ def _operational(overrides: Sequence[str], recorded: DarwinConfig) -> list[str]:
     return kept
 
 
-def _refuse_other_environment(run_folder: Path, recorded: Any, workshop: Workshop) -> None:
+def _refuse_other_environment(run_folder: Path, begun: Event, workshop: Workshop) -> None:
+    recorded = begun.payload["environment"]
     for name, value in workshop.environment.items():
         if recorded.get(name) != value:
             raise ConfigError(
                 f"{run_folder.name}: its scores were measured with {name}={recorded.get(name)!r} "
                 f"and here it is {value!r}, so they cannot be compared; start a new run"
             )
+    before, now = begun.measured["n_slots"], len(workshop.slots)
+    by_the_clock = workshop.config.max_steps is None or workshop.config.fitness.name != "perplexity"
+    if by_the_clock and before != now:
+        raise ConfigError(
+            f"workers={now}: this run's scores depend on the clock, and were measured with "
+            f"{before} slots at work at once; go on with workers={before}"
+        )
+
+
+def _refuse_shorter(wanted: DarwinConfig, journal: Journal) -> None:
+    """Refuse fewer generations than were begun: their individuals would be there and not count."""
+    begun = [int(event.key[1 : event.key.index("-")]) for event in journal.of_kind("proposal")]
+    if wanted.n_generations < max(begun, default=0):
+        raise ConfigError(
+            f"n_generations={wanted.n_generations}: generation {max(begun)} has begun; choose "
+            f"n_generations={max(begun)} or more"
+        )
+
+
+def _list_in_sweep(sweep_folder: Path, run_folder: Path, text: str) -> None:
+    """Append a run to its sweep's list, one JSON object a line."""
+    with suppress(OSError):
+        sweep_folder.mkdir(parents=True, exist_ok=True)
+        with (sweep_folder / "runs.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"run_id": run_folder.name, "command": text}) + "\n")
 
 
 def _new_folder(runs: Path) -> Path:
@@ -145,6 +183,7 @@ def _new_folder(runs: Path) -> Path:
         fresh = runs / f"{stamp}-{secrets.token_hex(2)}"
         try:
             fresh.mkdir(parents=True)
+            fresh.chmod(0o700)  # where candidates cannot be given a view of their own
         except FileExistsError:
             continue
         except OSError as error:
@@ -156,6 +195,7 @@ def _point_latest_to(run_folder: Path) -> None:
     link = run_folder.parent / LATEST
     fresh = run_folder.parent / f".{LATEST}-{os.getpid()}"
     with suppress(OSError):
+        fresh.unlink(missing_ok=True)
         fresh.symlink_to(run_folder.name)
         fresh.replace(link)
 
@@ -203,6 +243,12 @@ class _Session:
                 status = self._evolve(tracker)
             except (KeyboardInterrupt, Interrupted):
                 status = summaries.INTERRUPTED
+            except (JournalError, OSError) as failure:
+                self.message = f"{failure}; then go on with resume={self.run_folder.name}"
+            except Exception:
+                with _uninterrupted():  # a defect of ours: leave things straight, then show it
+                    self._end(status, tracker)
+                raise
             with _uninterrupted():
                 summary = self._end(status, tracker)
                 self.watch.finished(summary)
@@ -222,7 +268,6 @@ class _Session:
         begun = self.journal.find("run", "run")
         peak = begun.measured["peak_flops"] if begun else None
         if begun is None:
-            self.watch.note("measuring this machine's peak, once")
             peak = workshop_of.measure_peak(self.workshop, self.watch.note)
         key = self.config.integrity.key or secrets.token_hex(32)
         workshop = self.workshop
@@ -243,6 +288,7 @@ class _Session:
                     "host": socket.gethostname(),
                     "peak_flops": peak,
                     "n_slots": len(workshop.slots),
+                    "sweep_id": self.command.sweep_id,
                 },
             ),
             given={"base_genome_id": workshop.base.id},
@@ -275,8 +321,8 @@ class _Session:
             sandbox=box,
             run_folder=self.run_folder,
         )
+        memory = workshop_of.build_memory(config, self.run_folder.name, self.journal)
         executor = workshop_of.build_executor(workshop, self.watch.slot)
-        memory = workshop_of.build_memory(config, self.run_folder.name)
         parts = Parts(
             mutator=workshop.mutator,
             selector=workshop_of.build_selector(config.selection),
@@ -295,7 +341,10 @@ class _Session:
         except Stopped as cap:
             self.watch.note(f"stopped: {cap}")
             return summaries.STOPPED
-        except (BaseFailed, JournalError, SandboxUnavailable) as failure:
+        except Broken as failure:
+            self.message = f"{failure}. Mend that, then go on with resume={self.run_folder.name}"
+            return summaries.FAILED
+        except BaseFailed as failure:
             self.message = str(failure)
             return summaries.FAILED
         finally:
@@ -308,7 +357,10 @@ class _Session:
         """Leave champion and summary, tell the journal how it ended, and let MLflow catch up."""
         events = self.journal.events()
         if self.journal.find("run", "run") is None:
-            return {"run_id": self.run_folder.name, "status": status, "exit_code": 130}
+            tracker.close(0.0)
+            interrupted = status == summaries.INTERRUPTED
+            code = summaries.BY_SIGNAL if interrupted else summaries.WRONG
+            return {"run_id": self.run_folder.name, "status": status, "exit_code": code}
         summary = summaries.summarise(events, self.plan.n_requested, status)
         if summary["champion"] is not None:
             self._leave_champion(summary["champion"]["individual_id"])
@@ -351,19 +403,33 @@ class _Session:
         if self.config.tracking.name == "none":
             return NullTracker()
         runs = self.run_folder.parent
+        begun = self.journal.find("run", "run")
         return MlflowTracker(
             store_uri=f"sqlite:///{runs / 'mlflow.sqlite'}",
             artifact_folder=runs / "mlartifacts",
             experiment=self.config.experiment,
             run_folder=self.run_folder,
             parent_tags={"darwin.command": self.command.text},
-            sweep_id=self.command.sweep_id,
+            sweep_id=begun.measured["sweep_id"] if begun else self.command.sweep_id,
         )
 
 
+def _write_config(run_folder: Path, config: DarwinConfig) -> None:
+    try:
+        _write(run_folder / "config.yaml", as_yaml(config))
+    except OSError as error:
+        raise ConfigError(
+            f"{run_folder}: {error.strerror}; free some space, then resume"
+        ) from error
+
+
 def _write(path: Path, text: str) -> None:
+    """Write a file so that a power cut leaves the old one or the new one."""
     fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(text, encoding="utf-8")
+    with fresh.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     fresh.replace(path)
 
 

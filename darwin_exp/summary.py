@@ -103,17 +103,29 @@ def _sides(
     retimed = {event.key: event.measured for event in events if event.kind == "retimed"}
     jobs = [event for event in events if event.kind == "job"]
     sides = {
-        name: None if event is None else _side(event, jobs, retimed)
+        name: None if event is None else _side(event, jobs, retimed, closing)
         for name, event in (("baseline", base), ("champion", selected))
     }
     return {**sides, "improvement": _improvement(closing, sides)}
 
 
 def _side(
-    event: Event, jobs: Sequence[Event], retimed: Mapping[str, Mapping[str, Any]]
+    event: Event,
+    jobs: Sequence[Event],
+    retimed: Mapping[str, Mapping[str, Any]],
+    closing: Event | None,
 ) -> dict[str, Any]:
+    """Return what is known of one individual's code; of claims, only the last closing's count."""
     name = event.payload["individual_id"]
-    ours = [job for job in jobs if job.payload["individual_id"] == name]
+    last = f"{name}/claim-{closing.key.removeprefix('after-g')}-" if closing else None
+    ours = [
+        job
+        for job in jobs
+        if job.payload["individual_id"] == name
+        and job.payload["genome_id"] == event.payload["genome_id"]
+        and job.payload["status"] == Status.OK.value
+        and (job.payload["purpose"] != "claim" or (last and job.key.startswith(last)))
+    ]
 
     def mean_log(metric: str) -> float | None:
         values = [
@@ -147,17 +159,18 @@ def _improvement(closing: Event | None, sides: Mapping[str, Any]) -> dict[str, A
         "p_value": claim.get("p_value"),
         "significant": claim.get("significant"),
         "why_none": closing.payload["why_none"] if closing else "the run has not been closed",
+        "earlier_claims": closing.payload["earlier_claims"] if closing else None,
         "equal_steps": None,
     }
 
 
 def _seconds(events: Sequence[Event]) -> dict[str, Any]:
     jobs = [event.measured for event in events if event.kind in ("job", "timing")]
-    ends = [event.written_at for event in events if event.kind == "generation"]
-    begun = next(event.written_at for event in events if event.kind == "run")
+    ends = [k for k, event in enumerate(events) if event.kind == "generation"]
+    until, n_generations = events[: ends[-1] + 1] if ends else [], len(ends)
     return {
         "total": _alive(events),
-        "per_generation": (ends[-1] - begun) / len(ends) if ends else None,
+        "per_generation": _alive(until) / n_generations if n_generations else None,
         "startup": sum(job["startup_seconds"] for job in jobs),
         "training": sum(job["training_seconds"] for job in jobs),
         "scoring": sum(job["scoring_seconds"] for job in jobs),

@@ -31,7 +31,12 @@ from darwin_exp.journal import Journal
 from darwin_exp.protocols import Executor, InfrastructureFailure, Interrupted
 
 CHECKPOINT = "artefacts/model.safetensors"  # below the folder of a trial
+BASE_ID = "g00-i00"
 MAX_TRIES = 3  # a lost trial is repeated at most twice
+
+
+class Broken(Exception):
+    """Our side fails whatever is tried; the last loss was not recorded, so resuming tries again."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,8 @@ class Trials:
         self._executor = executor
         self._journal = journal
         self._stopping = threading.Event()
+        self._mutex = threading.Lock()
+        self._lost_in_a_row: list[str] = []  # individuals, since a trial last got through
 
     def stop(self) -> None:
         """Kill what is under way and refuse every trial from now on: they end with Interrupted."""
@@ -88,6 +95,7 @@ class Trials:
 
         Raises:
             Interrupted: the run is stopping; nothing of this trial was recorded.
+            Broken: nothing gets through any more.
         """
         for attempt in range(MAX_TRIES):
             job = self._job(trial, attempt)
@@ -142,7 +150,9 @@ class Trials:
             raise Interrupted
         try:
             result = self._executor.submit(job).result()
+            self._note_loss(None)
         except InfrastructureFailure as failure:
+            self._note_loss(job.individual_id, failure)
             result = JobResult(job.job_id, _lost(Reason.INFRASTRUCTURE, str(failure)))
         if result.contended and not last:
             # Held against our machine, not against the candidate; the last try is kept and marked.
@@ -154,6 +164,22 @@ class Trials:
                 job.job_id, _lost(Reason.CONTENTION, why), None, result.total_seconds
             )
         return _payload(result), _measured(result)
+
+    def _note_loss(self, individual_id: str | None, failure: Exception | None = None) -> None:
+        """Take note that a trial was lost, or (None) got through.
+
+        Raises:
+            Broken: as many in a row were lost as one trial is given tries, and no single candidate
+                can be the cause: they are of several individuals, or of the base.
+        """
+        with self._mutex:
+            if individual_id is None:
+                self._lost_in_a_row.clear()
+                return
+            self._lost_in_a_row.append(individual_id)
+            several = len(set(self._lost_in_a_row)) > 1 or individual_id == BASE_ID
+            if len(self._lost_in_a_row) >= MAX_TRIES and several:
+                raise Broken(f"nothing can be trained here any more: {failure}") from failure
 
 
 def _lost(reason: Reason, message: str) -> TrainingRun:

@@ -71,6 +71,8 @@ def _claim(gain: Mapping[str, Any], at: str) -> Text:
         words += f", 95 % interval of the gain {interval[0]:+.2f} to {interval[1]:+.2f} %"
     if gain.get("p_value") is not None:
         words += f", p = {gain['p_value']:.2g}"
+    if earlier := gain.get("earlier_claims"):
+        words += f" (claim {earlier + 1} on this test split, held to a stricter level)"
     significant = gain.get("significant")
     if significant is False:
         return Text(f"{words}: no significant progress", style="yellow")
@@ -129,8 +131,6 @@ def _where_next(summary: Mapping[str, Any], run_id: str) -> list[Text]:
     ]
     if summary.get("status") in ("interrupted", "stopped"):
         lines.append(f"go on       python -m darwin_exp resume={run_id}")
-    elif summary.get("lost"):
-        lines.append(f"try again   python -m darwin_exp resume={run_id}")
     return [Text(line) for line in lines]
 
 

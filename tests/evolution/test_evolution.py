@@ -11,7 +11,7 @@ from darwin_exp.evolution import BaseFailed, Stopped
 from darwin_exp.individual import Genome, Job, JobResult, Reason, Status
 from darwin_exp.journal import Journal, comparable, load
 from darwin_exp.protocols import InfrastructureFailure
-from darwin_exp.trials import CHECKPOINT
+from darwin_exp.trials import CHECKPOINT, Broken
 
 Rehearse = Callable[..., Any]
 
@@ -190,6 +190,38 @@ def test_one_lost_three_times_is_counted_as_lost_and_never_repaired(
     told = summary.summarise(load_sessioned(journal), 13, summary.FINISHED)
     assert (told["lost"], told["exit_code"]) == (1, summary.LOST)
     assert told["error_rate"] == 0.0
+
+
+def test_where_nothing_gets_through_the_run_stops_and_resuming_tries_again(
+    rehearse: Rehearse, executor_with: Callable[..., Any]
+) -> None:
+    def broken_from(job_id: str) -> Callable[[Job], JobResult | None]:
+        broken = False
+
+        def rule(job: Job) -> JobResult | None:
+            nonlocal broken
+            broken = broken or job.job_id == job_id
+            if broken:
+                raise InfrastructureFailure("no space left on device")
+            return None
+
+        return rule
+
+    whole = rehearse("whole").run()
+    for job_id in ("g00-i00/0", "g02-i01/0"):
+        name = job_id.replace("/", "-")
+        with pytest.raises(Broken, match="no space left"):
+            rehearse(name, executor=executor_with(rule=broken_from(job_id))).run()
+        mended = rehearse(name).run()
+        statuses = {event.payload["status"] for event in mended.of_kind("individual")}
+        assert statuses <= {"OK", "INFRA_LOST"}
+        assert len(mended.of_kind("individual")) == len(whole.of_kind("individual"))
+
+
+def test_fewer_generations_than_were_begun_still_count_all_individuals(rehearse: Rehearse) -> None:
+    rehearse("run", plan={"n_generations": 3}).run()
+    again = rehearse("run", plan={"n_generations": 3, "stagnation_generations": 1}).run()
+    assert len(again.of_kind("generation")) == 4
 
 
 def test_a_contended_trial_is_repeated_and_the_last_is_kept_and_marked(
