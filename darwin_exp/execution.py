@@ -39,7 +39,7 @@ def build(
     if spec.kind == "bubblewrap":
         from darwin_exp.sandbox.bubblewrap import BubblewrapSandbox
 
-        return BubblewrapSandbox(slot, cpus), Scorer()
+        return BubblewrapSandbox(slot, cpus, spec.uid, hidden=hidden), Scorer()
     from darwin_exp.sandbox.process import ProcessSandbox
 
     return ProcessSandbox(slot, cpus, spec.uid, hidden=hidden), Scorer()

@@ -175,7 +175,8 @@ class Exit:
     """How a sandboxed group ended.
 
     Attributes:
-        code: exit status, negative for a signal; None if the harness killed it.
+        code: exit status, negative for a signal; None if the harness killed it, or the kernel did
+            for others' memory.
         out_of_memory: it went past `Limits.memory_mb`.
         run_delay_seconds: CPU time that its slot owed it and others took.
     """

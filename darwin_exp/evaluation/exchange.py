@@ -8,8 +8,10 @@ Never: reads more than an answer of the expected shape may hold, or waits beyond
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +23,7 @@ from darwin_exp.evaluation.logits_server import (
     ANSWER,
     DONE,
     FAILED,
+    LOAD,
     LOGITS,
     MAX_ERROR_CHARACTERS,
     RATE,
@@ -31,6 +34,8 @@ from darwin_exp.individual import Job, Reason, Status
 from darwin_exp.protocols import Launch, Limits, Sandbox, Zone
 
 MAX_JSON_BYTES = 8 << 20
+# Of what a model says about an error once it was sent held-out tokens, which it might quote.
+MAX_LINE_CHARACTERS = 300
 
 
 class Refused(Exception):
@@ -49,7 +54,13 @@ class ModelServer:
     """
 
     def __init__(
-        self, job: Job, artefacts: Path, sandbox: Sandbox, name: str, deadline: float
+        self,
+        job: Job,
+        artefacts: Path,
+        sandbox: Sandbox,
+        name: str,
+        deadline: float,
+        first_seconds: float = math.inf,
     ) -> None:
         """Start the program.
 
@@ -57,13 +68,13 @@ class ModelServer:
             artefacts: folder that holds model.safetensors and model.json.
             name: for labels; tells the program nothing about its role.
             deadline: time.monotonic() after which no answer is waited for.
+            first_seconds: how long the model may take to load and answer for the first time.
 
         Raises:
             InfrastructureFailure: it could not be started.
         """
         training = job.training
         self._vocab_size = job.data.vocab_size
-        self._deadline = deadline
         self._program = sandbox.start(
             Launch(
                 name=name,
@@ -91,6 +102,9 @@ class ModelServer:
         )
         self.startup_seconds = self._program.startup_seconds
         self.ready_at = self._program.ready_at
+        self._loaded = self._answered = False
+        self._later_deadline = deadline
+        self._deadline = min(deadline, time.monotonic() + first_seconds)
         self.lost = False  # it no longer answers
 
     def __enter__(self) -> ModelServer:
@@ -104,6 +118,15 @@ class ModelServer:
     ) -> None:
         self._program.close()
 
+    @contextmanager
+    def until(self, deadline: float) -> Iterator[None]:
+        """Wait for no answer within this context beyond an earlier deadline."""
+        saved, self._deadline = self._deadline, min(self._deadline, deadline)
+        try:
+            yield
+        finally:
+            self._deadline = saved
+
     def logits(self, batches: Iterable[NDArray[np.int32]]) -> Iterator[NDArray[np.float32]]:
         """Yield the logits (B, T, V) of every batch of tokens (B, T), in order.
 
@@ -112,6 +135,10 @@ class ModelServer:
         Raises:
             Refused: SHAPE for any other shape, MODEL_CODE if the model fails, dies or is late.
         """
+        if not self._loaded:
+            self._send(LOAD, np.empty((0, 0), dtype=np.int32))
+            self._receive_header()
+            self._loaded = True
         ahead: NDArray[np.int32] | None = None
         for batch in batches:
             if ahead is None:
@@ -144,26 +171,22 @@ class ModelServer:
         return content
 
     def seconds_for(
-        self,
-        tokens: NDArray[np.int32],
-        steps: int,
-        bfloat16: bool,
-        compiled: bool,
-        deadline: float,
-    ) -> float:
+        self, tokens: NDArray[np.int32], steps: int, bfloat16: bool, compiled: bool
+    ) -> tuple[float, NDArray[np.float32]]:
         """Return how long so many forward and backward passes over tokens (B, T) took, from here.
+
+        Returns:
+            Seconds, and what the program says that each row's loss was (B).
 
         Raises:
             Refused: MODEL_CODE if they fail, the program dies or is late.
         """
-        saved, self._deadline = self._deadline, min(self._deadline, deadline)
-        try:
-            before = time.monotonic()
-            self._send(RATE, tokens, steps, bfloat16, compiled)
-            self._receive_header()
-            return time.monotonic() - before
-        finally:
-            self._deadline = saved
+        before = time.monotonic()
+        self._send(RATE, tokens, steps, bfloat16, compiled)
+        if self._receive_header() != (len(tokens), 0, 0):
+            raise self._nonsense()
+        losses = np.frombuffer(self._receive(4 * len(tokens)), dtype="<f4")
+        return time.monotonic() - before, losses
 
     # --- frames -------------------------------------------------------------------------------
 
@@ -194,6 +217,8 @@ class ModelServer:
         if status != FAILED:
             raise self._nonsense()
         text = self._receive(min(sizes[0], 4 * MAX_ERROR_CHARACTERS)).decode("utf-8", "replace")
+        if self._loaded:
+            text = _one_line(text)
         message = f"the saved model failed: {_printable(text).strip()}"
         raise Refused(Status.REJECTED, Reason.MODEL_CODE, message)
 
@@ -205,6 +230,8 @@ class ModelServer:
             message = f"logits have shape {shape}, and {expected} are due"
             raise Refused(Status.REJECTED, Reason.SHAPE, message)
         raw = self._receive(4 * expected[0] * expected[1] * expected[2])
+        if not self._answered:
+            self._answered, self._deadline = True, self._later_deadline
         return np.frombuffer(raw, dtype="<f4").reshape(expected)
 
     def _nonsense(self) -> Refused:
@@ -222,12 +249,18 @@ class ModelServer:
             message = "the model went past its memory limit while it was scored"
             return Refused(Status.OUT_OF_MEMORY, Reason.MEMORY, message)
         if isinstance(error, TimeoutError):
-            message = "the model did not answer before the deadline of its scoring"
+            what = "" if self._answered else " its first request"
+            message = f"the model did not answer{what} before the deadline of its scoring"
         else:
-            last = self._program.log()[0].strip().splitlines()[-1:]
             message = f"the model's process ended while it was scored (status {ending.code})"
-            message += "".join(f": {_printable(line)[:300]}" for line in last)
+            if not self._loaded:  # what it prints later may quote held-out tokens
+                last = self._program.log()[0].strip().splitlines()[-1:]
+                message += "".join(f": {_one_line(line)}" for line in last)
         return Refused(Status.REJECTED, Reason.MODEL_CODE, message)
+
+
+def _one_line(text: str) -> str:
+    return "".join(c for c in text if c.isprintable())[:MAX_LINE_CHARACTERS]
 
 
 def _printable(text: str) -> str:

@@ -28,6 +28,9 @@ from darwin_exp.individual import Reason, Status
 # How far two answers to the same question may be apart, in nats.
 MEAN_TOLERANCE = 0.002
 MAX_TOLERANCE = 0.05
+# A band of distances with fewer losses is not judged by its mean: one difference that the maximum
+# lets pass must not be enough to refuse a model.
+MIN_BAND_POSITIONS = 25
 # A batch of one takes other kernels, and bfloat16 models round visibly there.
 ALONE_MEAN_TOLERANCE = 0.02
 ALONE_MAX_TOLERANCE = 0.5
@@ -188,6 +191,8 @@ class Agreement:
     Attributes:
         position: where in its window the largest difference was.
         cut: how many true tokens the first server had there; None where nothing was cut.
+        worst_band: the shortest distance to the cut in the band that differs most.
+        worst_band_mean: the mean of that band alone.
     """
 
     n_positions: int = 0
@@ -195,13 +200,19 @@ class Agreement:
     max: float = 0.0
     position: int = 0
     cut: int | None = None
+    worst_band: int | None = None
+    worst_band_mean: float = 0.0
 
     def within(self, mean: float, maximum: float) -> bool:
-        return self.mean < mean and self.max < maximum
+        return max(self.mean, self.worst_band_mean) < mean and self.max < maximum
 
 
 def check_causality(prefixes: Prefixes, prefix_nats: Nats, full_nats: Nats) -> Agreement:
     """Compare every loss before a cut with the loss at the same place of the full window.
+
+    Means are taken over all positions, and over bands of like distance to the cut: a model that
+    leans a little on the next token alone differs only right before the cut, where a mean over
+    whole prefixes would not show it.
 
     Args:
         prefix_nats: what the first server's answers cost (n_batches, B, T).
@@ -212,9 +223,11 @@ def check_causality(prefixes: Prefixes, prefix_nats: Nats, full_nats: Nats) -> A
     """
     rows = np.arange(prefixes.cuts.shape[1])
     difference = np.abs(prefix_nats - full_nats[prefixes.slots, rows])  # (n_batches, B, T)
-    before = np.arange(difference.shape[2]) < prefixes.cuts[:, :, None]
+    distance = prefixes.cuts[:, :, None] - np.arange(difference.shape[2])
+    before = distance > 0
     if not before.any():
         return Agreement()
+    band, band_mean = _worst_band(distance[before], difference[before])
     batch, row, position = np.unravel_index(
         int(np.argmax(np.where(before, difference, -1.0))), difference.shape
     )
@@ -224,6 +237,8 @@ def check_causality(prefixes: Prefixes, prefix_nats: Nats, full_nats: Nats) -> A
         max=float(difference[batch, row, position]),
         position=int(position),
         cut=int(prefixes.cuts[batch, row]),
+        worst_band=band,
+        worst_band_mean=band_mean,
     )
     if not found.within(MEAN_TOLERANCE, MAX_TOLERANCE):
         raise Refused(
@@ -231,10 +246,25 @@ def check_causality(prefixes: Prefixes, prefix_nats: Nats, full_nats: Nats) -> A
             Reason.CAUSALITY,
             f"the model reads ahead: once what follows token {found.cut} of a window was "
             f"replaced, its loss at position {found.position} changed by {found.max:.3g} nats "
-            f"(mean {found.mean:.3g} over {found.n_positions} positions before the cuts; "
-            f"rounding explains {MAX_TOLERANCE} and {MEAN_TOLERANCE})",
+            f"(mean {found.mean:.3g} over {found.n_positions} positions before the cuts, "
+            f"{band_mean:.3g} at distances from {band} to a cut; rounding explains "
+            f"{MAX_TOLERANCE} and {MEAN_TOLERANCE})",
         )
     return found
+
+
+def _worst_band(distance: Ints, difference: Nats) -> tuple[int | None, float]:
+    """Return where the mean difference is largest among distances 1, 2-3, 4-7 and so on.
+
+    Returns:
+        The band's shortest distance and its mean; None and 0 where no band holds enough.
+    """
+    bands = np.frexp(distance)[1] - 1  # the binary logarithm, rounded down
+    n = np.bincount(bands)
+    means = np.bincount(bands, weights=difference) / np.maximum(n, 1)
+    means[n < MIN_BAND_POSITIONS] = 0.0
+    worst = int(np.argmax(means))
+    return (1 << worst, float(means[worst])) if n[worst] >= MIN_BAND_POSITIONS else (None, 0.0)
 
 
 def check_repeats(schedule: Schedule, nats: Nats) -> Agreement:

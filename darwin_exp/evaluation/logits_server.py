@@ -11,10 +11,13 @@ believed: the scorer owns targets, normalisation and clock, and compares two fre
 A request is `REQUEST` (what, B, T, steps, bfloat16, compiled), followed by B x T int32 tokens. An
 answer is `ANSWER` (status and three sizes), followed by what the request asks for:
 
+    LOAD    (0, 0, 0) once the model is rebuilt and its weights are in it; B and T are 0
     LOGITS  (B, T, V), then so many float32: the logits of every position
     USES    (length, 0, 0), then so much JSON: what `_Server.uses` returns
-    RATE    (0, 0, 0) once `steps` forward and backward passes are done
-    any     FAILED and (length, 0, 0), then so much text: the end of a traceback
+    RATE    (B, 0, 0) once `steps` forward and backward passes are done, then so many float32: each
+            row's loss in the last of them
+    any     FAILED and (length, 0, 0), then so much text: the end of a traceback while no token was
+            sent yet, and after that what went wrong in one line
 
 All numbers are little-endian.
 """
@@ -23,13 +26,15 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import json
 import os
 import shutil
 import struct
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+
+# Bound here and not looked up later: model code may replace what a module holds.
+from json import dumps, loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -38,9 +43,13 @@ if TYPE_CHECKING:
 
 REQUEST = struct.Struct("<6I")
 ANSWER = struct.Struct("<B3I")
-LOGITS, USES, RATE = 1, 2, 3
+LOGITS, USES, RATE, LOAD = 1, 2, 3, 4
 DONE, FAILED = 0, 1
 MAX_ERROR_CHARACTERS = 4_000
+
+
+class Misbehaviour(Exception):
+    """The model broke a rule of scoring; the text is this module's own."""
 
 
 def serve(job: Mapping[str, Any], folder: Path, reader: BinaryIO, writer: BinaryIO) -> None:
@@ -57,6 +66,7 @@ def serve(job: Mapping[str, Any], folder: Path, reader: BinaryIO, writer: Binary
         LOGITS: server.logits,
         USES: server.uses,
         RATE: server.rate,
+        LOAD: server.load,
     }
     while header := _read(reader, REQUEST.size):
         what, B, T, steps, bfloat16, compiled = REQUEST.unpack(header)
@@ -65,8 +75,10 @@ def serve(job: Mapping[str, Any], folder: Path, reader: BinaryIO, writer: Binary
             sizes, content = answers[what](raw, (B, T), steps, bool(bfloat16), bool(compiled))
             status = DONE
         # A model may raise anything, SystemExit included, and must be told apart from a dead one.
-        except BaseException:
-            status, text = FAILED, traceback.format_exc()[-MAX_ERROR_CHARACTERS:]
+        except BaseException as error:
+            whole = what == LOAD
+            status, text = FAILED, traceback.format_exc() if whole else server.in_one_line(error)
+            text = text[-MAX_ERROR_CHARACTERS:]
             content = memoryview(text.encode("utf-8", "replace"))
             sizes = (len(content), 0, 0)
         _write(writer, ANSWER.pack(status, *sizes))
@@ -97,6 +109,27 @@ class _Server:
         self._scored: nn.Module | None = None
         self._trained: nn.Module | None = None
         self._compiled: Callable[[Tensor], Tensor] | None = None
+
+    def load(self, *_: object) -> _Answer:
+        """Rebuild the model before it is asked anything, so that a failure can be told in full."""
+        self._scored = self._load(trainable=False)
+        return (0, 0, 0), _NOTHING
+
+    def in_one_line(self, error: BaseException) -> str:
+        """Return an error's type and where in the genome it arose.
+
+        Its own text may quote the tokens that the model was sent, which are held out.
+        """
+        if isinstance(error, Misbehaviour):
+            return str(error)
+        place, trace = "", error.__traceback__
+        code = str(self._folder / "code")
+        while trace is not None:
+            path = trace.tb_frame.f_code.co_filename
+            if path.startswith(code):
+                place = f" at {path[len(code) + 1 :]}:{trace.tb_lineno}"
+            trace = trace.tb_next
+        return type(error).__name__ + place
 
     def logits(self, raw: bytes, shape: tuple[int, int], *_: object) -> _Answer:
         """Return the logits of every position, as float32."""
@@ -139,7 +172,7 @@ class _Server:
             if (grad := weights[name].grad) is not None and bool(grad.count_nonzero())
         }
         model.zero_grad(set_to_none=True)
-        content = json.dumps({"rows": rows, "activation_flops": seen.activation_flops})
+        content = dumps({"rows": rows, "activation_flops": seen.activation_flops})
         return (len(content), 0, 0), memoryview(content.encode("ascii"))
 
     def rate(
@@ -151,15 +184,18 @@ class _Server:
         forward: Callable[[Tensor], Tensor] = self._compile(model) if compiled else model
         tokens = self._tokens(raw, shape)
         targets = tokens.roll(-1, dims=1).flatten()
+        losses = torch.zeros(shape)
         for _ in range(steps):
             with torch.autocast(self._device, torch.bfloat16, enabled=bfloat16):
                 logits = forward(tokens)
-                loss = self._cross_entropy(logits.flatten(0, 1).float(), targets)
-            loss.backward()  # type: ignore[no-untyped-call]
+                logits = logits.flatten(0, 1).float()
+                losses = self._cross_entropy(logits, targets, reduction="none").view(shape)
+            losses.mean().backward()  # type: ignore[no-untyped-call]
             model.zero_grad(set_to_none=True)
         if self._device == "cuda":
             torch.cuda.synchronize()
-        return (0, 0, 0), _NOTHING
+        rows = losses.detach().mean(dim=1).tolist()
+        return (len(rows), 0, 0), memoryview(struct.pack(f"<{len(rows)}f", *rows))
 
     # --- what the three have in common --------------------------------------------------------
 
@@ -172,9 +208,9 @@ class _Server:
         before = [parameter._version for parameter in model.parameters()]
         logits: Tensor = model(tokens)
         if not isinstance(logits, self._torch.Tensor):
-            raise TypeError(f"model(tokens) returned {type(logits).__name__}, not a tensor")
+            raise Misbehaviour(f"model(tokens) returned {type(logits).__name__}, not a tensor")
         if before != [parameter._version for parameter in model.parameters()]:
-            raise RuntimeError("the model changed its own weights while it was scored")
+            raise Misbehaviour("the model changed its own weights while it was scored")
         return logits
 
     def _load(self, trainable: bool) -> nn.Module:
@@ -183,7 +219,7 @@ class _Server:
         if code not in sys.path:
             sys.path.insert(0, code)
         build_model = importlib.import_module("model").build_model
-        arguments = json.loads((self._folder / "in" / "model.json").read_text(encoding="utf-8"))
+        arguments = loads((self._folder / "in" / "model.json").read_text(encoding="utf-8"))
         model: nn.Module = build_model(arguments).to(self._device)
         weights: dict[str, Tensor] = self._load_file(self._folder / "in" / "model.safetensors")
         missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -208,7 +244,7 @@ class _Server:
         if self._compiled is None:
             compiler = os.environ.get("CXX", "g++")
             if self._device == "cpu" and shutil.which(compiler) is None:
-                raise RuntimeError(f"there is no {compiler} to compile with")
+                raise Misbehaviour(f"there is no {compiler} to compile with")
             self._compiled = self._torch.compile(model, dynamic=False)
         return self._compiled
 

@@ -49,7 +49,9 @@ from darwin_exp.evaluation.checkpoint import TensorEntry
 from darwin_exp.individual import TrainingRun
 from darwin_exp.protocols import InfrastructureFailure
 
-MAX_USES = 1e6  # per token; beyond it a claim is nonsense
+# Per token; beyond these a claim is nonsense.
+MAX_USES = 1e6
+MAX_ACTIVATION_FLOPS = 1e18
 
 # Dense peaks of tensor cores with float32 accumulation, in FLOP/s, without sparsity.
 # Source: NVIDIA's data sheets of A100, H100, H200, HGX B200, L4, L40S, A10, T4 and V100, and its
@@ -95,8 +97,9 @@ class Uses:
         Raises:
             ValueError: it is not of the expected form, or not plausible.
         """
-        rows, flops = content.get("rows"), content.get("activation_flops")
-        if not isinstance(rows, dict) or flops is None or not _is_amount(flops, math.inf):
+        rows: Any = content.get("rows")
+        flops: Any = content.get("activation_flops")
+        if not isinstance(rows, dict) or not _is_amount(flops, MAX_ACTIVATION_FLOPS * n_tokens):
             raise ValueError("the model's process told nothing usable about its products")
         if not all(_is_amount(count, MAX_USES * n_tokens) for count in rows.values()):
             raise ValueError("the model's process told an impossible number of uses")
@@ -171,10 +174,14 @@ def measure_peak(
         seconds: how long each number type is measured.
 
     Raises:
-        InfrastructureFailure: the measurement failed, or there is no such device.
+        InfrastructureFailure: the measurement failed, or there is no such device or no slot.
+        OSError: the probes could not be started or spoken to.
     """
-    probes = [_Probe(threads, cpus, device, seconds) for cpus in slots]
+    if not slots:
+        raise InfrastructureFailure("the peak could not be measured: there is no slot")
+    probes: list[_Probe] = []
     try:
+        probes.extend(_Probe(threads, cpus, device, seconds) for cpus in slots)
         names = [probe.ready() for probe in probes]
         if (known := known_peak(names[0])) is not None:
             return known
@@ -185,6 +192,8 @@ def measure_peak(
         for probe in probes:
             probe.close()
     highest = max((flops, dtype) for rate in rates for dtype, flops in rate.items())
+    if not 0 < highest[0] < math.inf:
+        raise InfrastructureFailure(f"the peak could not be measured: {highest[0]} FLOP/s")
     return Peak(highest[1], highest[0])
 
 
@@ -208,6 +217,7 @@ def load_or_measure_peak(
 
     Raises:
         InfrastructureFailure: as `measure_peak`.
+        OSError: as `measure_peak`, or the cache cannot be written.
     """
     cache_folder.mkdir(parents=True, exist_ok=True)
     key = " | ".join(
@@ -291,7 +301,10 @@ class _Probe:
         if not line:
             last = self._process.stderr.read().strip().splitlines()[-1:]
             raise InfrastructureFailure(f"the peak could not be measured: {' '.join(last)}")
-        content: dict[str, Any] = json.loads(line)
+        try:
+            content: dict[str, Any] = json.loads(line)
+        except ValueError:
+            raise InfrastructureFailure("the peak's probe printed what is no JSON") from None
         return content
 
     def close(self) -> None:

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from darwin_exp.evaluation.checkpoint import Checkpoint
 from darwin_exp.evaluation.exchange import ModelServer, Refused
 from darwin_exp.evaluation.integrity import secret_generator
+from darwin_exp.evaluation.likelihood import negative_log_likelihood
 from darwin_exp.evaluation.mfu import Uses, flops_per_token
-from darwin_exp.individual import Job, TrainingRun
+from darwin_exp.individual import Job, Reason, Status, TrainingRun
 
 # Training also steps the optimizer and reads data, so this much is never taken from honest code.
 ALLOWANCE = 1.1
@@ -28,6 +30,9 @@ TIMED_SECONDS = 0.2  # of passes per reading
 MAX_STEPS = 200
 EAGER_SECONDS = 20.0
 COMPILED_SECONDS = 45.0
+COMPILED_GAIN = 3.0  # by how much compiling may speed up an eager pass, and hardly ever does
+# Nats that a timed pass's loss may be from the same row's when it is only scored.
+LOSS_TOLERANCE = {False: 0.05, True: 0.2}  # by whether it ran in bfloat16
 
 
 @dataclass(frozen=True)
@@ -61,21 +66,22 @@ class Speed:
         believed = self.tokens_per_second
         if believed is not None:
             rates["tokens_per_second"] = believed
-        if self.flops is not None and self.peak_flops is not None:
+        if self.flops is not None and self.peak_flops:
             if believed is not None:
                 rates["mfu"] = believed * self.flops / self.peak_flops
             if self.claimed is not None:
                 rates["mfu_claimed"] = self.claimed * self.flops / self.peak_flops
-        return rates
+        return {name: rate for name, rate in rates.items() if math.isfinite(rate)}
 
     def details(self) -> dict[str, Any]:
-        return {
+        details = {
             "tokens_per_second_claimed": self.claimed,
             "tokens_per_second_bound": self.bound,
             "flops_per_token": self.flops,
             "peak_flops": self.peak_flops,
             "note": self.note,
         }
+        return {k: v for k, v in details.items() if not isinstance(v, float) or math.isfinite(v)}
 
 
 def measure_speed(
@@ -94,8 +100,12 @@ def measure_speed(
     T, V = job.training.context_length, job.data.vocab_size
     flops, note = None, ""
     try:
-        tokens = rng.integers(V, size=(1, T), dtype=np.int32)
-        flops = flops_per_token(checkpoint.tensors, Uses.parse(server.uses(tokens), T))
+        # Of the shape that is timed first, so that the two requests look alike.
+        rows = max(1, TOKENS_PER_BATCH[job.training.device][0] // T)
+        tokens = rng.integers(V, size=(rows, T), dtype=np.int32)
+        with server.until(time.monotonic() + EAGER_SECONDS):
+            uses = Uses.parse(server.uses(tokens), tokens.size)
+        flops = flops_per_token(checkpoint.tensors, uses)
     except (Refused, ValueError) as error:
         note = f"FLOPs per token are unknown: {error}"
     bound = None
@@ -114,7 +124,9 @@ def _bound(
     T, V = job.training.context_length, job.data.vocab_size
     best = 0.0
     fastest: dict[tuple[int, bool], float] = {}  # eager, by tokens per batch and precision
-    for n_tokens, bfloat16, compiled, stop in _ways(job.training.device, deadline, fastest):
+    for n_tokens, bfloat16, compiled, stop in _ways(job, deadline, fastest):
+        if compiled and claimed > COMPILED_GAIN * best:
+            break  # out of reach either way: slot time is not spent on a false claim
         if server.lost or time.monotonic() >= stop:
             continue
         B = max(1, n_tokens // T)
@@ -124,8 +136,9 @@ def _bound(
             # The first passes warm up, and say how many make a reading.
             for _ in range(2):
                 # An eager pass may end late, but is not worth killing the server for.
-                latest = stop if compiled else deadline
-                seconds = server.seconds_for(tokens, steps, bfloat16, compiled, latest)
+                with server.until(stop if compiled else stop + EAGER_SECONDS):
+                    seconds, losses = server.seconds_for(tokens, steps, bfloat16, compiled)
+                    _check_losses(server, tokens, losses, bfloat16, rng)
                 reached = ALLOWANCE * steps * B * T / max(seconds, 1e-9)
                 best = max(best, reached)
                 if best >= claimed:
@@ -139,20 +152,47 @@ def _bound(
     return best or None
 
 
+def _check_losses(
+    server: ModelServer,
+    tokens: NDArray[np.int32],
+    losses: NDArray[np.float32],
+    bfloat16: bool,
+    rng: np.random.Generator,
+) -> None:
+    """Compare a timed pass's loss on one secret row with what the same model's logits cost there.
+
+    Raises:
+        Refused: MODEL_CODE if they differ: what was timed was not the model that was scored.
+    """
+    index = int(rng.integers(len(tokens)))
+    row, stated = tokens[[index]], float(losses[index])
+    for logits in server.logits([row]):
+        found = float(negative_log_likelihood(logits, np.roll(row, -1, axis=1)).mean())
+        if not abs(stated - found) <= LOSS_TOLERANCE[bfloat16]:
+            server.lost = True
+            message = "the passes that were timed did not have the loss of the model scored"
+            raise Refused(Status.REJECTED, Reason.MODEL_CODE, message)
+
+
 def _ways(
-    device: str, deadline: float, fastest: Mapping[tuple[int, bool], float]
+    job: Job, deadline: float, fastest: Mapping[tuple[int, bool], float]
 ) -> Iterator[tuple[int, bool, bool, float]]:
     """Yield (tokens per batch, bfloat16, compiled, when to stop), the likeliest fastest first.
 
     Everything eager comes twice, because another slot may just have had the machine's attention;
     what was fastest then is compiled first, because there may be no time for the rest.
     """
+    device, budget = job.training.device, job.training.budget_seconds
+    eager_seconds, compiled_seconds = EAGER_SECONDS, COMPILED_SECONDS
+    if job.training.max_steps is None:
+        eager_seconds = min(eager_seconds, max(2.0, budget / 2))
+        compiled_seconds = min(compiled_seconds, max(5.0, budget))
     sizes, start = TOKENS_PER_BATCH[device], time.monotonic()
     precisions = (False, True) if device == "cpu" else (True, False)
     for _ in range(2):
         for bfloat16 in precisions:
             for n_tokens in sizes:
-                yield n_tokens, bfloat16, False, min(deadline, start + EAGER_SECONDS)
-    stop = min(deadline, time.monotonic() + COMPILED_SECONDS)
+                yield n_tokens, bfloat16, False, min(deadline, start + eager_seconds)
+    stop = min(deadline, time.monotonic() + compiled_seconds)
     for n_tokens, bfloat16 in sorted(fastest, key=lambda way: -fastest[way]):
         yield n_tokens, bfloat16, True, stop

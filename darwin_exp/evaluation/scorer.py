@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from darwin_exp.evaluation.checkpoint import Checkpoint, CheckpointRefused, read_checkpoint
 from darwin_exp.evaluation.exchange import ModelServer, Refused
@@ -33,6 +32,7 @@ from darwin_exp.evaluation.integrity import (
     draw_prefixes,
     secret_generator,
 )
+from darwin_exp.evaluation.likelihood import negative_log_likelihood
 from darwin_exp.evaluation.rate import Speed, measure_speed
 from darwin_exp.individual import DataSpec, Evaluation, Job, Reason, Status, TrainingRun
 from darwin_exp.protocols import InfrastructureFailure, Sandbox
@@ -42,7 +42,6 @@ from darwin_exp.protocols import InfrastructureFailure, Sandbox
 PLAUSIBLE_BPB = 0.3
 N_ALONE = 2  # windows that are also sent as a batch of one
 MAX_BATCH_BYTES = 256 << 20  # float32 logits that are held at a time
-CHUNK_ELEMENTS = 32_768  # float64 numbers of the softmax that fit the second-level cache
 
 
 class Scorer:
@@ -84,7 +83,12 @@ class Scorer:
     ) -> Evaluation:
         spec = job.evaluation
         assert spec is not None
-        deadline = time.monotonic() + spec.seconds
+        seconds, first_seconds = patience(job)
+        deadline = time.monotonic() + seconds
+
+        def server_of_model() -> ModelServer:
+            return ModelServer(job, artefacts, sandbox, "model", deadline, first_seconds)
+
         T, V = job.training.context_length, job.data.vocab_size
         checkpoint = _checkpoint(artefacts, job.training.file_mb << 20)
 
@@ -108,13 +112,13 @@ class Scorer:
 
         prefix_nats = np.empty(prefixes.tokens.shape)
         if prefixes.n:
-            with times.of(ModelServer(job, artefacts, sandbox, "model", deadline)) as server:
+            with times.of(server_of_model()) as server:
                 targets = windows[prefixes.windows, 1:]
                 answers = server.logits(prefixes.tokens)
                 for batch, logits in enumerate(answers):
                     prefix_nats[batch] = negative_log_likelihood(logits, targets[batch])
 
-        with times.of(ModelServer(job, artefacts, sandbox, "model", deadline)) as server:
+        with times.of(server_of_model()) as server:
             full_nats = np.empty((*schedule.windows.shape, T))
             answers = server.logits(windows[batch, :-1] for batch in schedule.windows)
             for batch, logits in enumerate(answers):
@@ -146,6 +150,20 @@ class Scorer:
             startup_seconds=times.startup_seconds,
             scoring_seconds=times.scoring_seconds,
         )
+
+
+def patience(job: Job) -> tuple[float, float]:
+    """Return how many seconds the whole scoring may take, and each server's first answer.
+
+    Under the clock both are bounded by the budget, so that training which goes on while the model
+    is scored gains little and a hang costs little. Where steps are counted, time buys nothing.
+    """
+    spec, training = job.evaluation, job.training
+    assert spec is not None
+    if training.max_steps is not None:
+        return spec.seconds, math.inf
+    budget = training.budget_seconds
+    return min(spec.seconds, 60.0 + 4.0 * budget), max(10.0, 0.5 * budget)
 
 
 @dataclass
@@ -198,33 +216,6 @@ def sample_windows(
         chosen = np.sort(rng.choice(n_windows, size=at_most, replace=False))
     places = chosen[:, None] * T + np.arange(T + 1)
     return tokens[places].astype(np.int32), n_windows
-
-
-def negative_log_likelihood(
-    logits: NDArray[np.float32], targets: NDArray[np.int32]
-) -> NDArray[np.float64]:
-    """Return what each target costs in nats (B, T) under logits (B, T, V), in double precision.
-
-    Raises:
-        Refused: NONFINITE if a logit is infinite or not a number.
-    """
-    V = logits.shape[-1]
-    rows, wanted = logits.reshape(-1, V), targets.ravel()
-    nats = np.empty(len(rows))
-    n = max(1, CHUNK_ELEMENTS // V)
-    buffer, index = np.empty((n, V)), np.arange(n)
-    for start in range(0, len(rows), n):
-        chunk = rows[start : start + n]
-        if not np.isfinite(chunk).all():
-            raise Refused(
-                Status.REJECTED, Reason.NONFINITE, "the model answered with logits not all finite"
-            )
-        x = buffer[: len(chunk)]
-        np.subtract(chunk, chunk.max(axis=1, keepdims=True), out=x, dtype=np.float64)
-        at_target = x[index[: len(chunk)], wanted[start : start + n]]
-        np.exp(x, out=x)
-        nats[start : start + n] = np.log(x.sum(axis=1)) - at_target
-    return nats.reshape(targets.shape)
 
 
 def _checkpoint(artefacts: Path, max_bytes: int) -> Checkpoint:

@@ -8,11 +8,12 @@ Source: bubblewrap's manual page for what its options mean.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -50,8 +51,9 @@ class BubblewrapSandbox(SupervisedSandbox):
         hidden: tuple[Path, ...] = (),
         modules: tuple[str, ...] = WARM_MODULES,
     ) -> None:
-        """See `SupervisedSandbox`; `hidden` folders are never shown here anyway."""
+        """See `SupervisedSandbox`; of `hidden`, only what lies in a folder shown needs hiding."""
         super().__init__(slot, cpus, uid, server, hidden, modules)
+        self._hidden = tuple(path.resolve() for path in hidden)
 
     @classmethod
     def check(cls) -> None:
@@ -65,16 +67,7 @@ class BubblewrapSandbox(SupervisedSandbox):
             raise SandboxUnavailable(
                 "sandbox=bubblewrap needs the program bwrap: apt-get install bubblewrap"
             )
-        # As root, candidates start it as a user without rights, so that is what must work.
-        unprivileged = {"user": TRIAL_UID, "group": TRIAL_UID, "extra_groups": []}
-        trial = subprocess.run(
-            [bwrap, *_namespaces(), *_system_binds(), "/usr/bin/env", "true"],
-            capture_output=True,
-            text=True,
-            cwd="/",
-            check=False,
-            **(unprivileged if os.geteuid() == 0 else {}),  # type: ignore[call-overload]
-        )
+        trial = _try(bwrap, _namespaces())
         if trial.returncode != 0:
             raise SandboxUnavailable(
                 f"sandbox=bubblewrap: {trial.stderr.strip() or 'bwrap failed'}; allow user "
@@ -94,7 +87,8 @@ class BubblewrapSandbox(SupervisedSandbox):
         bwrap = shutil.which("bwrap")
         if bwrap is None:
             raise SandboxUnavailable("bwrap is gone: apt-get install bubblewrap")
-        arguments = [bwrap, *_namespaces(), *_system_binds(), *_interpreter_binds()]
+        arguments = [bwrap, *_namespaces(), *_no_nesting(bwrap), *_system_binds()]
+        arguments += [*_interpreter_binds(), *_covers(self._hidden)]
         if launch.limits.device != "cpu":
             arguments += _device_binds()
         arguments += ["--ro-bind", str(self._programs), "/programs"]
@@ -124,6 +118,31 @@ def _namespaces() -> list[str]:
     ]
 
 
+def _try(bwrap: str, options: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run `true` in a container with the given options."""
+    # As root, candidates start it as a user without rights, so that is what must work.
+    unprivileged = {"user": TRIAL_UID, "group": TRIAL_UID, "extra_groups": []}
+    return subprocess.run(  # type: ignore[call-overload, no-any-return]
+        [bwrap, *options, *_system_binds(), "/usr/bin/env", "true"],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        check=False,
+        **(unprivileged if os.geteuid() == 0 else {}),
+    )
+
+
+@functools.cache
+def _no_nesting(bwrap: str) -> tuple[str, ...]:
+    """Return what keeps candidates from making user namespaces; nothing where bwrap cannot.
+
+    In one of its own a candidate could mount file systems in memory that no limit counts. Bwrap
+    knows the option since 0.8, and needs to write to /proc/sys for it.
+    """
+    options = ("--unshare-user", "--disable-userns")
+    return options if _try(bwrap, [*_namespaces(), *options]).returncode == 0 else ()
+
+
 def _system_binds() -> Iterator[str]:
     yield from ("--ro-bind", "/usr", "/usr")
     for name in _ROOT_FOLDERS:
@@ -137,12 +156,39 @@ def _system_binds() -> Iterator[str]:
 
 
 def _interpreter_binds() -> Iterator[str]:
-    spelt = {path for folder in interpreter_folders() for path in (folder, folder.resolve())}
-    shown: list[Path] = [Path("/usr")]
-    for folder in sorted(spelt):
+    for folder in _shown_folders():
+        if folder != Path("/usr"):
+            yield from ("--ro-bind", str(folder), str(folder))
+
+
+def _shown_folders() -> list[Path]:
+    shown = [Path("/usr")]
+    for folder in _spelt_interpreter_folders():
         if not any(folder.is_relative_to(parent) for parent in shown):
             shown.append(folder)
-            yield from ("--ro-bind", str(folder), str(folder))
+    return shown
+
+
+def _spelt_interpreter_folders() -> list[Path]:
+    folders = interpreter_folders()
+    return sorted({path for folder in folders for path in (folder, folder.resolve())})
+
+
+def _covers(hidden: Iterable[Path]) -> Iterator[str]:
+    """Cover what is hidden in folders that are shown, but for the interpreter in it."""
+    for path in hidden:
+        for folder in _shown_folders():
+            if path == folder or not path.is_relative_to(folder.resolve()):
+                continue
+            inside = folder / path.relative_to(folder.resolve())
+            if path.is_dir():
+                yield from ("--tmpfs", str(inside))
+                for kept in _spelt_interpreter_folders():
+                    if kept.is_relative_to(inside):
+                        yield from ("--ro-bind", str(kept), str(kept))
+                yield from ("--remount-ro", str(inside))
+            elif path.exists():
+                yield from ("--ro-bind", os.devnull, str(inside))
 
 
 def _device_binds() -> Iterator[str]:

@@ -23,6 +23,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from darwin_exp.protocols import SandboxUnavailable
+
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
 MAX_OPEN_FILES = 4096
 UID_STRIDE = 256  # launches that overlap, in this run or another, get uids this far apart
@@ -138,12 +140,26 @@ def become(uid: int) -> None:
     os.setresuid(uid, uid, uid)
 
 
+def become_signaller(uid: int) -> None:
+    """Give up root for good, to reach every process of a user without being reached by any.
+
+    Whom we may signal depends on our effective user; who may signal us, on the real and the
+    saved one, which belong to nobody else. So the user's processes cannot stop us first.
+
+    Source: the manual page kill(2).
+    """
+    shield = uid + UID_STRIDE // 2
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(shield, uid, shield)
+
+
 def signal_user(uid: int, signal_number: int) -> None:
     """Signal every process of a user at one stroke, so that none can slip away by forking."""
     helper = os.fork()
     if helper == 0:
         try:
-            become(uid)
+            become_signaller(uid)
             os.kill(-1, signal_number)
         except ProcessLookupError:
             pass
@@ -225,7 +241,8 @@ def build_house(needed: Iterable[Path], hidden: Iterable[Path], uid: int) -> boo
 
     Folders that `uid` cannot traverse hide what lies below even where that is public, as a
     private home does with an interpreter in it. Each is covered by an empty folder into which
-    only what is needed is bound back. `hidden` folders are covered in the same way.
+    only what is needed is bound back. `hidden` folders are covered in the same way, and hidden
+    files, as far as they exist by now, by an empty one.
 
     Args:
         needed: folders that candidates must be able to use; those below a covered folder stay
@@ -233,21 +250,33 @@ def build_house(needed: Iterable[Path], hidden: Iterable[Path], uid: int) -> boo
 
     Returns:
         False where the kernel does not let us; then only file modes protect anything.
+
+    Raises:
+        SandboxUnavailable: the house was begun and cannot be finished.
     """
     if _libc.unshare(_CLONE_NEWNS) != 0:
         return False
     try:
         _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
         _set_mount_attributes("/", bytes(32), recursive=False)  # fails before Linux 5.12
-        wanted = _both_spellings(needed)
-        blocked = [folder for path in wanted for folder in _untraversable(path, uid)]
-        covers = _outermost([*blocked, *(path.resolve() for path in hidden if path.is_dir())])
-        for cover in covers:
-            _cover(cover, [path for path in wanted if cover in path.parents])
     except OSError as error:
         if error.errno in (errno.EPERM, errno.EACCES, errno.ENOSYS):
             return False
         raise
+    try:
+        wanted = _both_spellings(needed)
+        concealed = _outermost(path.resolve() for path in hidden)
+        blocked = (folder for path in wanted for folder in _untraversable(path, uid))
+        for cover in _outermost(blocked):
+            _cover(cover, [path for path in wanted if cover in path.parents])
+        for path in concealed:  # those that a cover has not taken away already
+            if path.is_dir():
+                _cover(path, [kept for kept in wanted if path in kept.parents])
+            elif path.exists():
+                _mount(os.devnull, str(path), None, _MS_BIND)
+    except OSError as error:
+        # To go on half-built would leave open what other mounts make look closed.
+        raise SandboxUnavailable(f"the candidates' view of the files failed at {error}") from error
     return True
 
 

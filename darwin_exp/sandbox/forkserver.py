@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from darwin_exp.protocols import SandboxUnavailable
 from darwin_exp.sandbox import confinement, launcher, supervision
 from darwin_exp.sandbox.confinement import Order
 from darwin_exp.sandbox.processes import descendants
@@ -41,7 +42,7 @@ class Settings:
         uid: first unprivileged user id; None where the harness is not root.
         server: file of the program that answers for a model, to be loaded before as well.
         root: folder below which all working folders will lie.
-        hidden: folders that no candidate shall see.
+        hidden: folders and files that no candidate shall see.
     """
 
     modules: list[str]
@@ -83,8 +84,11 @@ def _settle_in(settings: Settings) -> tuple[bool, str]:
     if settings.uid is None:
         return False, ""
     needed = [*confinement.interpreter_folders(), Path(settings.root)]
-    hidden = [Path(folder) for folder in settings.hidden]
-    housed = confinement.build_house(needed, hidden, settings.uid)
+    hidden = [Path(path) for path in settings.hidden]
+    try:
+        housed = confinement.build_house(needed, hidden, settings.uid)
+    except SandboxUnavailable as obstacle:
+        return False, str(obstacle)
     for folder in confinement.interpreter_folders():
         if not confinement.can_enter(folder, settings.uid):
             return housed, (

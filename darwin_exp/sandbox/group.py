@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterable
@@ -34,6 +35,7 @@ class Group:
         self._wire = wire
         self._channel = channel  # (we read from it, we write to it)
         self._owner: int | None = None
+        self._supervisor: int | None = None  # a descriptor of its process
         self._ended = False
         self._frozen = False
         self._exit: Exit | None = None
@@ -66,6 +68,8 @@ class Group:
                 self.wait(1.0)
                 raise InfrastructureFailure(f"the launcher ended unready: {self.log()[0].strip()}")
         self._owner = message["owner"]
+        with contextlib.suppress(OSError):
+            self._supervisor = os.pidfd_open(message["supervisor"])
         self.ready_at = message["at"]
         self.startup_seconds = self.ready_at - started_at
 
@@ -132,13 +136,16 @@ class Group:
         """Stop every process of the group, so that nothing is written from here on.
 
         Raises:
-            InfrastructureFailure: a process could be neither stopped nor killed.
+            InfrastructureFailure: a process could be neither stopped nor killed, or nobody
+                answers for it.
         """
         with self._talking:
             if self._frozen or self._exit is not None:
                 return
             try:
                 answer = self._ask("freeze", "frozen")
+            except TimeoutError as error:  # an OSError too, but nobody died
+                raise InfrastructureFailure("the supervisor does not answer") from error
             except (EOFError, OSError):
                 return  # its supervisor died, and the group with it
             if not answer["ok"]:
@@ -170,7 +177,7 @@ class Group:
         """Kill the whole group, verify that it is gone, remove its folders. Idempotent.
 
         Raises:
-            InfrastructureFailure: a process survived being killed.
+            InfrastructureFailure: a process survived being killed, or may have.
         """
         with self._interrupting:
             if self._interrupt >= 0:
@@ -180,10 +187,17 @@ class Group:
                 return self._exit
             self.log()
             answer: dict[str, Any] = {"gone": True, "exit": {"code": None}}
-            with contextlib.suppress(EOFError, OSError):
+            try:
                 answer = self._ask("close", "closed")
+            except TimeoutError:
+                answer["gone"] = False
+                self._kill_supervisor()
+            except (EOFError, OSError):
+                pass  # its supervisor died, and the group with it
             self._exit = Exit(**answer["exit"])
             self._wire.close()
+            if self._supervisor is not None:
+                os.close(self._supervisor)
             with self._interrupting:
                 for descriptor in (*(self._channel or ()), self._interrupt):
                     os.close(descriptor)
@@ -197,6 +211,12 @@ class Group:
     @property
     def closed(self) -> bool:
         return self._exit is not None
+
+    def _kill_supervisor(self) -> None:
+        """Kill who does not answer; the fork server then kills what it leaves behind."""
+        if self._supervisor is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._supervisor, signal.SIGKILL)
 
     def _open_channel(self) -> tuple[int, int]:
         if self._exit is not None:

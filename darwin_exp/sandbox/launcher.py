@@ -69,7 +69,6 @@ def launch(zone: str, threads: int, serve: Serve | None) -> int:
     folder = Path.cwd()
     code = str(folder / "code")
     job_path = folder / "job.json"
-    sys.path.insert(0, code)
     with contextlib.suppress(OSError, AttributeError):
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         faulthandler.enable()
@@ -77,6 +76,7 @@ def launch(zone: str, threads: int, serve: Serve | None) -> int:
     _be_oneself()
     os.write(READY_FD, b"R")
     os.close(READY_FD)
+    sys.path.insert(0, code)  # before, nothing of the genome's may be found
     try:
         if zone == "train":
             sys.argv = ["train.py", str(job_path)]

@@ -15,7 +15,6 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
@@ -79,11 +78,16 @@ def count_tasks(uid: int) -> int:
 
 
 def resident_bytes(pid: int) -> int:
-    """Return the resident memory of a process, shared pages included; 0 if it is gone."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
-    except OSError:
-        return 0
+    """Return the resident memory of a process, shared memory included; 0 if it is gone.
+
+    Pages of mapped files do not count: the kernel can drop them, and training data is mapped.
+    """
+    kilobytes = 0
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
+            if line.startswith(("RssAnon:", "RssShmem:")):
+                kilobytes += int(line.split()[1])
+    return kilobytes << 10
 
 
 def run_delays(pid: int) -> dict[int, float]:
@@ -109,7 +113,7 @@ def kernel_oom_kills() -> int:
 def owed_seconds(
     longest_wait: float, wall_seconds: float, n_cpus: int, cpu_seconds: float
 ) -> float:
-    """Return the run delay that others caused a group.
+    """Return the run delay that others caused a group in a span of time.
 
     It is the longest that any one task stood runnable without a CPU, but never more than what
     the group left unused of its slot's CPUs: a group that over-subscribes them makes its tasks
@@ -123,26 +127,39 @@ class Usage:
 
     def __init__(self, n_cpus: int) -> None:
         self._n_cpus = n_cpus
-        self._started_at = time.monotonic()
         self._ended_at: float | None = None
         self._cpu_before = 0.0
-        self._delay_before: dict[int, float] = {}
-        self._delay: dict[int, float] = {}
-        self._cpu = 0.0
+        self.begin([])
 
     def begin(self, pids: list[int]) -> None:
         """Count from now on: the ready signal was given."""
-        self._started_at = time.monotonic()
-        self._cpu_before = self._cpu_of(pids)
-        for pid in pids:
-            self._delay_before.update(run_delays(pid))
-        self._delay.clear()
-
-    def sample(self, pids: list[int]) -> None:
-        """Take the present figures of the living; of the dead the last sample stands."""
+        self._sampled_at = time.monotonic()
+        self._cpu = self._cpu_before = self._cpu_of(pids)
+        self._delay: dict[int, float] = {}
         for pid in pids:
             self._delay.update(run_delays(pid))
-        self._cpu = max(self._cpu, self._cpu_of(pids))
+        self._owed = 0.0
+        self._overdrawn = 0.0
+
+    def sample(self, pids: list[int]) -> None:
+        """Take the present figures of the living; of the dead the last sample stands.
+
+        What is owed is settled per sample, so that a group cannot wait for itself at one time
+        and have it taken for others' doing because it was idle at another.
+        """
+        now = self._ended_at or time.monotonic()
+        cpu = max(self._cpu, self._cpu_of(pids))
+        delays: dict[int, float] = {}
+        for pid in pids:
+            delays.update(run_delays(pid))
+        longest = max((d - self._delay.get(task, 0.0) for task, d in delays.items()), default=0.0)
+        # CPU time comes in coarse ticks, and late of processes not seen before; what then exceeds
+        # the span since the last sample was used, and is charged, in another.
+        used = cpu - self._cpu + self._overdrawn
+        self._owed += owed_seconds(longest, now - self._sampled_at, self._n_cpus, used)
+        self._overdrawn = max(0.0, used - (now - self._sampled_at) * self._n_cpus)
+        self._sampled_at, self._cpu = now, cpu
+        self._delay.update(delays)
 
     def end(self) -> None:
         """Stop the clock: the group was frozen or its main process ended."""
@@ -151,11 +168,7 @@ class Usage:
     def totals(self) -> tuple[float, float]:
         """Return CPU seconds and run delay in seconds; exact once every process is waited for."""
         self._cpu = max(self._cpu, self._cpu_of([]))
-        cpu_seconds = max(0.0, self._cpu - self._cpu_before)
-        wall_seconds = (self._ended_at or time.monotonic()) - self._started_at
-        waited = (delay - self._delay_before.get(t, 0.0) for t, delay in self._delay.items())
-        longest = max(waited, default=0.0)
-        return cpu_seconds, owed_seconds(longest, wall_seconds, self._n_cpus, cpu_seconds)
+        return max(0.0, self._cpu - self._cpu_before), self._owed
 
     @staticmethod
     def _cpu_of(pids: list[int]) -> float:

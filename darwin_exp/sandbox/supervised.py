@@ -148,7 +148,8 @@ class SupervisedSandbox:
             cpus: the CPUs that its candidates may use.
             uid: unprivileged user of slot 0 where the harness is root; slot k gets `uid + k`.
             server: program that answers for a model; see launcher.py.
-            hidden: folders that candidates shall not even see, where the kernel lets us hide them.
+            hidden: folders and files that candidates shall not even see, where the kernel lets us
+                hide them; those that do not exist by now stay visible.
             modules: what is imported before the ready signal, as far as it is installed.
 
         Raises:

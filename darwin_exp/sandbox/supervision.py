@@ -34,11 +34,13 @@ from darwin_exp.sandbox.processes import (
     resident_bytes,
 )
 from darwin_exp.sandbox.wire import Wire
+from darwin_exp.sandbox.workfolder import remove_left_behind
 
 POLL_SECONDS = 0.2
 SCAN_SECONDS = 1.0  # a full scan of /proc costs milliseconds, so known processes are polled more
 SETTLE_SECONDS = 10.0  # how long stopping or killing a whole group may take
 READY = b"R"
+SHARED_FOLDERS = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))
 SIGNALLED_CODES = range(129, 160)  # what a container's first process makes of a signal
 
 
@@ -76,6 +78,7 @@ def supervise(
     Returns:
         In the candidate, what it shall now do; in the supervisor, when all is over, None.
     """
+    os.sched_setaffinity(0, order.cpus)  # a flood of output is to cost no neighbour's time
     confinement.adopt_orphans()
     uid, claim, own_tasks = None, None, 0
     if order.uid is None:
@@ -136,6 +139,8 @@ class Supervisor:
         self._status: int | None = None
         self._killed = False
         self._out_of_memory = False
+        self._sacrificed = False
+        self._peak_bytes = 0
         self._frozen = False
         self._harness_gone = False
         self._closed = False
@@ -173,7 +178,10 @@ class Supervisor:
         self._usage.end()
         # The kernel may have chosen it, without any limit of ours, to save the machine.
         if self._status == -signal.SIGKILL and not self._killed:
-            self._out_of_memory = kernel_oom_kills() > self._kills_before
+            starved = kernel_oom_kills() > self._kills_before
+            # Others may have filled the machine; then the kernel's choice is no fault of the group.
+            self._out_of_memory = starved and self._peak_bytes > self._order.memory_bytes // 2
+            self._sacrificed = starved and not self._out_of_memory
         self._tell({"event": "ended"})
         return False
 
@@ -182,7 +190,8 @@ class Supervisor:
             ready_at = time.monotonic()
             self._scan()
             self._usage.begin(self._pids)
-            self._tell({"event": "ready", "at": ready_at, "owner": self._uid})
+            mine = {"supervisor": os.getpid()}
+            self._tell({"event": "ready", "at": ready_at, "owner": self._uid} | mine)
         else:
             self._tell({"event": "unready"})
         os.close(self._ready)
@@ -213,7 +222,7 @@ class Supervisor:
             gone = self._kill()
             cpu_seconds, run_delay_seconds = self._usage.totals()
             exit_ = {
-                "code": None if self._killed else self._status,
+                "code": None if self._killed or self._sacrificed else self._status,
                 "out_of_memory": self._out_of_memory or self._status == OUT_OF_MEMORY_CODE,
                 "cpu_seconds": cpu_seconds,
                 "run_delay_seconds": run_delay_seconds,
@@ -236,7 +245,9 @@ class Supervisor:
             self._scan()
         self._reap()
         self._usage.sample(self._pids)
-        if sum(map(resident_bytes, self._pids)) > self._order.memory_bytes:
+        used_bytes = sum(map(resident_bytes, self._pids))
+        self._peak_bytes = max(self._peak_bytes, used_bytes)
+        if used_bytes > self._order.memory_bytes:
             self._scan()  # a process may have handed its memory on and ended
             if sum(map(resident_bytes, self._pids)) > self._order.memory_bytes:
                 self._out_of_memory = True
@@ -276,27 +287,33 @@ class Supervisor:
         self._usage.end()
         self._reap()
         self._killed = self._killed or self._status is None
-        return self._settle(signal.SIGKILL, "")
+        gone = self._settle(signal.SIGKILL, "")
+        # Without a house of its own it could write to the machine's shared folders.
+        homeless = not self._order.private and self._order.command is None
+        if gone and homeless and self._uid is not None and self._uid != os.getuid():
+            remove_left_behind(self._uid, SHARED_FOLDERS)
+        return gone
 
     def _settle(self, signal_number: int, settled: str) -> bool:
         """Signal the group until every process is in one of the settled states.
 
-        A process can fork between being listed and being signalled, so this is repeated until
-        a pass finds nothing to do. Processes that keep ahead of it are reached at one stroke,
-        if they have a user of their own.
+        A process can fork between being listed and being signalled, or while the list is made,
+        so this is repeated until two passes running find nothing to do. Processes that keep
+        ahead of it are reached at one stroke, if they have a user of their own.
         """
         deadline = time.monotonic() + SETTLE_SECONDS
-        passes = 0
+        passes = clean = 0
         while True:
             self._reap()
             pending = [p for p in descendants(os.getpid()) if p.state not in settled]
             hiding = not settled and self._uid is not None and confinement.has_processes(self._uid)
-            if not pending and not hiding:
+            clean = 0 if pending or hiding else clean + 1
+            if clean == 2:
                 return True
             if time.monotonic() > deadline:
                 return False
             self._signal(pending, signal_number)
-            if self._uid is not None and passes > 1:
+            if self._uid is not None and passes > 1 and not clean:
                 confinement.signal_user(self._uid, signal_number)
             passes += 1
             time.sleep(0.002)

@@ -7,6 +7,7 @@ Never: follows a link or opens a special file that a candidate made.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from typing import Any
 
 from darwin_exp.individual import Genome
 
-MAX_STAGED = 16  # input files kept ready to be linked into the next working folder
+MAX_STAGED = 4  # input files kept ready to be linked into the next working folder
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -189,6 +190,20 @@ def remove_tree(path: Path) -> None:
                 os.rmdir(names.pop(), dir_fd=here)
     os.close(here)
     path.rmdir()
+
+
+def remove_left_behind(uid: int, folders: Iterable[Path]) -> None:
+    """Remove what lies right in shared folders and belongs to a user of whom no process is left."""
+    for folder in folders:
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in list(entries):
+                with contextlib.suppress(OSError):
+                    if entry.stat(follow_symlinks=False).st_uid != uid:
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        remove_tree(Path(entry.path))
+                    else:
+                        os.unlink(entry.path)
 
 
 def _step(here: int, name: str) -> int:

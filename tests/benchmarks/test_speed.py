@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from darwin_exp.evaluation.scorer import negative_log_likelihood
+from darwin_exp.evaluation.likelihood import negative_log_likelihood
 from darwin_exp.individual import Genome, Individual
 from darwin_exp.journal import Journal, load
 from darwin_exp.mutation import Operators

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from darwin_exp.evaluation import integrity
 from darwin_exp.evaluation.exchange import Refused
 from darwin_exp.evaluation.integrity import (
     Schedule,
@@ -55,6 +56,7 @@ def test_honest_architectures_pass(score: Score, kind: str) -> None:
         pytest.param("unmasked", None, id="b7_mask_removed"),
         pytest.param("block_mean", None, id="b8_block_mean"),
         pytest.param("peek", None, id="b8_one_position_in_sixteen"),
+        pytest.param("whisper", None, id="b8_a_little_of_the_next_token_everywhere"),
         pytest.param("peek_later", None, id="b20_honest_until_its_third_request"),
         pytest.param("circular", None, id="b9_circular_convolution"),
         pytest.param("reversed_convolution", None, id="b9_reversed_convolution"),
@@ -77,6 +79,18 @@ def test_b8_control_without_prefixes_the_leak_pays_and_passes(score: Score) -> N
     honest = score("plain", evaluation={"n_prefixes": 0})
     assert leaking.status is Status.OK
     assert leaking.metrics["val_nats"] < honest.metrics["val_nats"] - 0.1
+
+
+def test_b8_control_a_whisper_is_below_what_whole_prefixes_show(
+    score: Score, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the mean right before the cuts rejects it: neither the maximum nor the whole mean."""
+    monkeypatch.setattr(integrity, "MEAN_TOLERANCE", 0.01)
+    monkeypatch.setattr(integrity, "MIN_BAND_POSITIONS", 10**9)
+    whispering, honest = score("whisper"), score("plain")
+    assert whispering.status is Status.OK
+    assert whispering.details["causality"]["max"] < integrity.MAX_TOLERANCE
+    assert whispering.metrics["val_nats"] < honest.metrics["val_nats"] - 0.02
 
 
 # --- laws -----------------------------------------------------------------------------------------
@@ -189,3 +203,23 @@ def test_rounding_is_tolerated_and_more_is_not(size: float, positions: int, caug
         assert refused.value.reason is Reason.CAUSALITY
     else:
         assert check_causality(prefixes, of_prefixes, full).max == pytest.approx(size)
+
+
+@pytest.mark.parametrize(("distance", "caught"), [(1, True), (2, True), (3, True), (40, False)])
+def test_b8_a_small_difference_is_caught_where_it_is_regular(distance: int, caught: bool) -> None:
+    """0.045 nats at one distance before every cut are nothing beside whole prefixes of 2000."""
+    T = 2000
+    rng = np.random.default_rng(0)
+    windows = rng.integers(50, size=(100, T + 1), dtype=np.int32)
+    schedule = Schedule.draw(100, 32, rng)
+    prefixes = draw_prefixes(windows, schedule, 64, 50, rng)
+    full = rng.normal(3, 1, size=(*schedule.windows.shape, T))
+    of_prefixes = full[prefixes.slots, np.arange(full.shape[1])]
+    of_prefixes[np.arange(T) == prefixes.cuts[:, :, None] - distance] += 0.045
+    if caught:
+        with pytest.raises(Refused, match=f"from {1 << (distance.bit_length() - 1)} to a cut"):
+            check_causality(prefixes, of_prefixes, full)
+    else:
+        found = check_causality(prefixes, of_prefixes, full)
+        assert found.worst_band == 32
+        assert 0 < found.worst_band_mean < integrity.MEAN_TOLERANCE

@@ -284,6 +284,9 @@ class ScriptedSandbox:
         self.group = group
         self.launched: list[Launch] = []
 
+    def warm_up(self) -> None:
+        pass
+
     def start(self, launch: Launch) -> ScriptedGroup:
         import time
 

@@ -13,12 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from darwin_exp.evaluation import scorer
 from darwin_exp.evaluation.exchange import Refused
-from darwin_exp.evaluation.scorer import negative_log_likelihood, sample_windows
-from darwin_exp.individual import DataSpec, Evaluation, Reason, Status
+from darwin_exp.evaluation.likelihood import negative_log_likelihood
+from darwin_exp.evaluation.scorer import patience, sample_windows
+from darwin_exp.individual import DataSpec, Evaluation, Job, Reason, Status
 from darwin_exp.protocols import InfrastructureFailure
 
 Score = Callable[..., Evaluation]
+MakeJob = Callable[..., Job]
 V, T = 24, 32
 
 # --- arithmetic ---------------------------------------------------------------------------------
@@ -171,7 +174,7 @@ def test_b6_a_score_below_what_text_allows_is_quarantined(score: Score, data: Da
         ("wide", Reason.SHAPE, "25"),
         ("short", Reason.SHAPE, "31"),
         ("flat", Reason.SHAPE, "are due"),
-        ("raises", Reason.MODEL_CODE, "ZeroDivisionError: no such luck"),
+        ("raises", Reason.MODEL_CODE, "ZeroDivisionError at model.py:"),
         ("exits", Reason.MODEL_CODE, "status 7"),
         ("chatters", Reason.MODEL_CODE, "not in its format"),
         ("learns", Reason.MODEL_CODE, "changed its own weights"),
@@ -199,6 +202,47 @@ def test_a5_a_model_that_never_answers_ends_at_the_deadline(score: Score) -> Non
     assert (found.status, found.reason) == (Status.REJECTED, Reason.MODEL_CODE)
     assert "deadline" in found.message
     assert found.scoring_seconds < 20
+
+
+def test_a5_scoring_is_bounded_by_the_budget_under_the_clock_only(make_job: MakeJob) -> None:
+    def found(budget: float, max_steps: int | None) -> tuple[float, float]:
+        training = {"budget_seconds": budget, "max_steps": max_steps}
+        return patience(make_job(training=training, evaluation={"seconds": 300.0}))
+
+    assert found(5.0, None) == (80.0, 10.0)
+    assert found(40.0, None) == (220.0, 20.0)
+    assert found(3600.0, None) == (300.0, 1800.0)
+    assert found(5.0, 100) == (300.0, math.inf)
+
+
+def test_a5_a_model_that_hangs_while_it_loads_ends_early(
+    score: Score, zoo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scorer, "patience", lambda _: (60.0, 1.5))
+    hanging = zoo + "\nif __name__ == 'model':\n    while True:\n        pass\n"
+    for found in (score("attention", source=hanging), score("hangs")):
+        assert (found.status, found.reason) == (Status.REJECTED, Reason.MODEL_CODE)
+        assert "its first request" in found.message
+        assert found.scoring_seconds < 20
+    # What is answered in time leaves the whole scoring its own deadline.
+    monkeypatch.setattr(scorer, "patience", lambda _: (60.0, 10.0))
+    assert score("attention").status is Status.OK
+
+
+def test_b12_an_error_quotes_no_held_out_token(score: Score) -> None:
+    """Its message would reach the journal and, as a lesson, whoever edits the next model."""
+    found = score("quotes")
+    assert (found.status, found.reason) == (Status.REJECTED, Reason.MODEL_CODE)
+    assert "the tokens are" not in found.message
+    assert found.message.startswith("the saved model failed: Told")
+    assert len(found.message) <= len("the saved model failed: ") + 300
+    assert "\n" not in found.message
+
+
+def test_an_error_while_loading_is_told_in_full(score: Score, zoo: str) -> None:
+    found = score("attention", model=zoo + "\nraise KeyError('forgotten')\n")
+    assert "Traceback" in found.message
+    assert "KeyError: 'forgotten'" in found.message
 
 
 def test_half_precision_logits_are_scored_like_any_others(score: Score) -> None:

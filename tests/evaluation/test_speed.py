@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from darwin_exp.evaluation import mfu
+from darwin_exp.evaluation import mfu, rate
 from darwin_exp.evaluation.checkpoint import TensorEntry
 from darwin_exp.evaluation.logits_server import matrix_watch
 from darwin_exp.evaluation.mfu import (
@@ -23,7 +25,9 @@ from darwin_exp.evaluation.mfu import (
     measure_peak,
     retimed_rate,
 )
-from darwin_exp.individual import Evaluation, Reason, Status, TrainingRun
+from darwin_exp.evaluation.rate import Speed, _ways
+from darwin_exp.individual import Evaluation, Job, Reason, Status, TrainingRun
+from darwin_exp.protocols import InfrastructureFailure
 
 Score = Callable[..., Evaluation]
 V, T, C = 24, 32, 32
@@ -110,6 +114,8 @@ def test_flops_are_six_per_element_and_use_plus_three_times_attention() -> None:
         {"rows": {"a": True}, "activation_flops": 1},
         {"rows": {"a": 1}, "activation_flops": 10**400},
         {"rows": {"a": 1}, "activation_flops": float("inf")},
+        {"rows": {"a": 1}, "activation_flops": 1e308},
+        {"rows": {"a": 1}},
     ],
 )
 def test_an_impossible_account_of_products_is_not_believed(content: dict[str, Any]) -> None:
@@ -175,6 +181,53 @@ def test_b4_the_clock_that_bounds_a_claim_is_not_the_candidates(score: Score, zo
         evaluation={"verify_rate": True, "seconds": 4.0},
     )
     assert found.rates["tokens_per_second"] < 1e9
+
+
+def test_b5_what_is_timed_has_the_loss_of_what_is_scored(
+    score: Score, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = {"tokens_claimed": 10**12}
+    evaluation: dict[str, Any] = {"verify_rate": True, "peak_flops": 1e12}
+    found = score("shortcut", training_run=claim, evaluation=evaluation)
+    assert found.status is Status.OK
+    assert speed(found)["tokens_per_second_bound"] is None
+    assert "tokens_per_second" not in found.rates
+    monkeypatch.setattr(rate, "LOSS_TOLERANCE", {False: math.inf, True: math.inf})
+    evaluation["seconds"] = 4.0
+    control = score("shortcut", training_run=claim, evaluation=evaluation)
+    assert speed(control)["tokens_per_second_bound"] > 0
+
+
+def test_b3_an_account_of_infinite_work_leaves_no_rate(score: Score, zoo: str) -> None:
+    lie = """
+if __name__ == "model":
+    import json
+    json.dumps = lambda *a, **k: '{"rows": {}, "activation_flops": 1e308}'
+"""
+    claim = {"training_run": {"tokens_claimed": 500}, "evaluation": {"peak_flops": 1e12}}
+    honest, lying = score("attention", **claim), score("attention", source=zoo + lie, **claim)
+    assert honest.rates == lying.rates
+    told = Speed(claimed=1e9, bound=math.inf, flops=1e308, peak_flops=1e-3)
+    assert told.rates() == {"tokens_per_second": 1e9}
+    assert "tokens_per_second_bound" not in told.details()
+    assert Speed(claimed=1.0, verified=False, flops=1.0, peak_flops=0.0).rates() == {
+        "tokens_per_second": 1.0
+    }
+
+
+def test_b5_a_false_count_takes_little_of_a_slot(make_job: Callable[..., Job]) -> None:
+    """Under the clock the search for a fast way ends with the budget, and compiles nothing."""
+    now = time.monotonic()
+    fastest: dict[tuple[int, bool], float] = {(512, False): 1.0}
+
+    def stops(**training: Any) -> list[float]:
+        ways = _ways(make_job(training=training), now + 1000, fastest)
+        return sorted({round(stop - now) for *_, stop in ways})
+
+    assert stops(max_steps=None, budget_seconds=2.0) == [2, 5]
+    assert stops(max_steps=None, budget_seconds=20.0) == [10, 20]
+    assert stops(max_steps=None, budget_seconds=3600.0) == [20, 45]
+    assert stops(max_steps=5, budget_seconds=2.0) == [20, 45]
 
 
 def test_b6_a_utilisation_above_one_is_quarantined(score: Score) -> None:
@@ -255,6 +308,13 @@ def test_a_peak_is_measured_with_every_slot_at_work() -> None:
     assert found.dtype in ("float32", "bfloat16")
     assert 1e8 < found.flops < 1e14
     assert found.measured
+
+
+def test_a_peak_that_cannot_be_measured_is_our_failure() -> None:
+    with pytest.raises(InfrastructureFailure, match="no slot"):
+        measure_peak(threads=1, slots=[])
+    with pytest.raises(InfrastructureFailure, match="could not be measured"):
+        measure_peak(threads=1, slots=[(0,)], device="cuda", seconds=0.05)
 
 
 def test_a_peak_is_measured_once_per_machine_and_load(

@@ -143,6 +143,9 @@ class Model(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         T = tokens.shape[1]
+        if self.kind == "shortcut" and torch.is_grad_enabled():  # when it is timed, not scored
+            first: Tensor = self.head(self.embedding(tokens[:, :1]))
+            return first.expand(-1, T, -1)
         x = self.embedding(tokens) + self.positions(torch.arange(T))  # (B, T, C)
         x = x + self.mixer(x)
         if self.kind == "dropout":
@@ -153,6 +156,13 @@ class Model(nn.Module):
             # At one position in sixteen: what comes next.
             following = F.one_hot(tokens.roll(-1, dims=1), logits.shape[-1])
             logits = logits + 6.0 * following * (torch.arange(T) % 16 == 14)[:, None]
+        if self.kind == "whisper":
+            # Everywhere, but by less than the largest difference that rounding is allowed.
+            logits = logits + 0.04 * F.one_hot(tokens.roll(-1, dims=1), logits.shape[-1])
+        if self.kind == "quotes":
+            raise type("Told" + "_".join(str(int(t)) for t in tokens.flatten()), (Exception,), {})(
+                f"the tokens are {tokens.tolist()}"
+            )
         if self.kind == "memory":  # what was asked before is answered better
             for known in self.seen:
                 logits = logits + 5.0 * F.one_hot(known, logits.shape[-1]).sum(dim=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,8 +26,16 @@ from darwin_exp.protocols import (
     SandboxUnavailable,
     Zone,
 )
+from darwin_exp.sandbox import bubblewrap
+from darwin_exp.sandbox import group as group_module
 from darwin_exp.sandbox.bubblewrap import BubblewrapSandbox
-from darwin_exp.sandbox.confinement import has_processes
+from darwin_exp.sandbox.confinement import (
+    become,
+    become_signaller,
+    has_processes,
+    interpreter_folders,
+    signal_user,
+)
 from darwin_exp.sandbox.group import Group
 from darwin_exp.sandbox.process import ProcessSandbox
 from darwin_exp.sandbox.processes import Process, descendants
@@ -362,6 +371,72 @@ class TestEnding:
         assert group.close().code is None
         assert all_gone(sandbox)
 
+    def test_a_supervisor_that_does_not_answer_is_no_sign_that_its_group_is_gone(
+        self, start: Start, sandbox: SupervisedSandbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        group = start("while True: pass")
+        (supervisor,) = [
+            p.pid for p in alive(sandbox._fork_server.pid) if p.parent == sandbox._fork_server.pid
+        ]
+        monkeypatch.setattr(group_module, "ANSWER_SECONDS", 0.2)
+        os.kill(supervisor, signal.SIGSTOP)
+        with pytest.raises(InfrastructureFailure, match="does not answer"):
+            group.freeze()
+        with pytest.raises(InfrastructureFailure, match="survived"):
+            group.close()
+        assert all_gone(sandbox)
+
+    @needs_root
+    def test_a_candidate_cannot_stop_who_is_about_to_stop_it(self) -> None:
+        uid = UID + 77
+        ready, ready_end = os.pipe()
+        signaller = os.fork()
+        if signaller == 0:
+            become_signaller(uid)
+            os.write(ready_end, b"R")
+            time.sleep(600)
+        assert os.read(ready, 1) == b"R"
+        candidate = os.fork()
+        if candidate == 0:
+            become(uid)
+            outcome = b"stopped it"
+            try:
+                os.kill(signaller, signal.SIGSTOP)
+            except PermissionError:
+                outcome = b"refused"
+            os.write(ready_end, outcome)
+            time.sleep(600)
+        try:
+            assert os.read(ready, 100) == b"refused"
+            assert has_processes(uid)
+            signal_user(uid, signal.SIGKILL)
+            status = os.waitpid(candidate, 0)[1]
+            assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+        finally:
+            os.kill(signaller, signal.SIGKILL)
+            os.waitpid(signaller, 0)
+            os.close(ready)
+            os.close(ready_end)
+
+    def test_a_mapped_file_larger_than_the_memory_limit_is_no_reason_to_kill(
+        self, start: Start
+    ) -> None:
+        train = """
+        import mmap, os, time
+        with open("out/file", "wb") as file:
+            file.truncate(200_000_000)
+        with open("out/file", "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            assert set(mapped[::4096]) == {0}
+            time.sleep(1)
+        """
+        if "tmpfs" in subprocess.getoutput(f"stat -f -c %T {tempfile.gettempdir()}"):
+            pytest.skip("here, the files themselves lie in memory")
+        group = start(train, memory_mb=120, file_mb=300)
+        assert group.wait(PATIENCE)
+        ended = group.close()
+        assert (ended.code, ended.out_of_memory) == (0, False)
+
     def test_waiting_for_a_cpu_that_others_hold_is_told(self, start: Start) -> None:
         rival = subprocess.Popen(
             [sys.executable, "-c", "import os\nos.sched_setaffinity(0, [0])\nwhile True: pass"]
@@ -574,6 +649,71 @@ class TestConfinement:
                 sandbox.close()
                 # The control: a public file is seen where nothing hides it.
                 assert visible == (not hidden and kind == "process")
+
+    @needs_root
+    def test_b12_hidden_files_cannot_be_read(self, tmp_path: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as folder:
+            os.chmod(folder, 0o755)
+            secret, public = Path(folder, "memory.sqlite"), Path(folder, "public")
+            secret.write_text("secret")
+            public.write_text("public")
+            train = f"""
+            for path in {[str(secret), str(public)]}:
+                try: print(open(path).read())
+                except OSError: pass
+            """
+            genome = Genome.of({"train.py": textwrap.dedent(train), "model.py": ""})
+            sandbox = build("process", hidden=(secret, Path(folder, "absent")))
+            if not sandbox.isolated:
+                sandbox.close()
+                pytest.skip("nothing can be hidden here")
+            group = sandbox.start(Launch("peek", Zone.TRAIN, genome, {}, {}, Limits()))
+            assert group.wait(PATIENCE)
+            assert group.log()[0].split() == ["public"]
+            sandbox.close()
+
+    def test_b12_what_is_hidden_in_a_folder_that_bubblewrap_shows_is_covered(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as name:
+            shown = Path(name).resolve()
+            shown.chmod(0o755)
+            (shown / "runs").mkdir()
+            for file in ("runs/key", "memory", "public"):
+                (shown / file).write_text("text")
+            folders = [*interpreter_folders(), shown]
+            monkeypatch.setattr(bubblewrap, "interpreter_folders", lambda: folders)
+            train = f"""
+            for name in ("runs/key", "memory", "public"):
+                try:
+                    if open({name!r} + "/" + name).read(): print(name)
+                except OSError: pass
+            """
+            genome = Genome.of({"train.py": textwrap.dedent(train), "model.py": ""})
+            # Not told to the fork server, whose house would hide them first where it has one.
+            sandbox = build("bubblewrap")
+            for hidden, seen in (
+                ((), ["runs/key", "memory", "public"]),
+                ((shown / "runs", shown / "memory", shown / "absent"), ["public"]),
+            ):
+                sandbox._hidden = hidden  # type: ignore[attr-defined]
+                group = sandbox.start(Launch("peek", Zone.TRAIN, genome, {}, {}, Limits()))
+                assert group.wait(PATIENCE)
+                assert group.log()[0].split() == seen
+                group.close()
+            sandbox.close()
+
+    def test_in_a_container_no_further_user_namespace_can_be_made(self) -> None:
+        sandbox = build("bubblewrap")
+        bwrap = shutil.which("bwrap")
+        assert bwrap is not None
+        if not bubblewrap._no_nesting(bwrap):
+            sandbox.close()
+            pytest.skip("this bwrap cannot prevent it")
+        train = "import ctypes; print(ctypes.CDLL(None).unshare(0x10000000))"
+        genome = Genome.of({"train.py": train, "model.py": ""})
+        assert printed(sandbox.start(Launch("nest", Zone.TRAIN, genome, {}, {}, Limits()))) == -1
+        sandbox.close()
 
     def test_a9_no_file_grows_past_its_limit(self, start: Start, tmp_path: Path) -> None:
         train = """

@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from darwin_exp.individual import Genome
-from darwin_exp.sandbox.workfolder import MAX_STAGED, WorkRoot, plain_name, remove_tree
+from darwin_exp.sandbox.workfolder import (
+    MAX_STAGED,
+    WorkRoot,
+    plain_name,
+    remove_left_behind,
+    remove_tree,
+)
 
 GENOME = Genome.of({"train.py": "pass", "model.py": "", "parts/layers.py": "x = 1"})
 
@@ -79,6 +85,21 @@ def check_that_a_deep_folder_is_removed(folder: Path) -> None:
     assert not doomed.exists()
     assert (kept / "file").read_text() == "kept"
     remove_tree(doomed)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_a_user_left_in_a_shared_folder_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").write_text("kept")
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left" / "file").write_text("left")
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("left", "link", "pipe"):
+        os.chown(tmp_path / name, 64_900, 64_900, follow_symlinks=False)
+    remove_left_behind(64_900, [tmp_path, tmp_path / "absent"])
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (tmp_path / "kept" / "file").read_text() == "kept"
 
 
 def test_c4_the_same_file_under_two_names_is_counted_twice_at_most(
