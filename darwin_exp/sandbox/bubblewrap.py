@@ -88,6 +88,8 @@ class BubblewrapSandbox(SupervisedSandbox):
         if bwrap is None:
             raise SandboxUnavailable("bwrap is gone: apt-get install bubblewrap")
         arguments = [bwrap, *_namespaces(), *_no_nesting(bwrap), *_system_binds()]
+        for place in ("/tmp", "/dev/shm"):  # before the interpreter, which may live in one of them
+            arguments += ["--bind", str(folder / "tmp"), place]
         arguments += [*_interpreter_binds(), *_covers(self._hidden)]
         if launch.limits.device != "cpu":
             arguments += _device_binds()
@@ -95,8 +97,6 @@ class BubblewrapSandbox(SupervisedSandbox):
         for name in ("job.json", "code", "in"):
             arguments += ["--ro-bind", str(folder / name), f"{INSIDE}/{name}"]
         arguments += ["--bind", str(folder / "out"), f"{INSIDE}/out"]
-        for place in ("/tmp", "/dev/shm"):
-            arguments += ["--bind", str(folder / "tmp"), place]
         # What bwrap itself mounted lies in memory that no limit counts.
         arguments += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", INSIDE]
         arguments += [sys.executable, "-s", "-P", "/programs/launcher.py", launch.zone.value]

@@ -284,8 +284,9 @@ def enter_private_house(folder: Path) -> None:
     """Cut this process off: nothing to write to but its own folders, and nobody to talk to.
 
     The whole file system becomes read-only but for `out/` and `tmp/` of the working folder; the
-    latter stands in for /tmp, /var/tmp and /dev/shm. There is no network, not even loopback, no
-    shared System V memory, and no process of another user to be seen.
+    latter stands in for /tmp, /var/tmp and /dev/shm, where only the interpreter stays to be seen if
+    it lives there. There is no network, not even loopback, no shared System V memory, and no
+    process of another user to be seen.
 
     Raises:
         OSError: the kernel does not let us.
@@ -293,23 +294,25 @@ def enter_private_house(folder: Path) -> None:
     if _libc.unshare(_CLONE_NEWNS | _CLONE_NEWNET | _CLONE_NEWIPC) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
     _mount(None, "/", None, _MS_REC | _MS_PRIVATE)
-    home = os.open(folder, os.O_PATH | os.O_DIRECTORY)
     temp = os.open(folder / "tmp", os.O_PATH | os.O_DIRECTORY)
     _set_read_only("/", recursive=True)
+    kept = [folder, *_both_spellings(interpreter_folders())]
     for public in (Path("/var/tmp"), Path("/dev/shm"), Path("/tmp")):
         if not public.is_dir() or public.is_symlink():
             continue
+        within = _outermost(path for path in kept if public in path.parents)
+        handles = {path: os.open(path, os.O_PATH | os.O_DIRECTORY) for path in within}
         _mount(f"/proc/self/fd/{temp}", str(public), None, _MS_BIND)
         _set_writable(str(public))
-        if public in folder.parents:
-            folder.mkdir(parents=True, mode=0o755)  # a mount point, inside the private /tmp
-            _mount(f"/proc/self/fd/{home}", str(folder), None, _MS_BIND)
-            _set_read_only(str(folder))
+        for path, handle in handles.items():
+            path.mkdir(parents=True, mode=0o755)  # a mount point, inside the private /tmp
+            _mount(f"/proc/self/fd/{handle}", str(path), None, _MS_BIND | _MS_REC)
+            _set_read_only(str(path), recursive=True)
+            os.close(handle)
     for name in ("out", "tmp"):
         inside = str(folder / name)
         _mount(inside, inside, None, _MS_BIND)
         _set_writable(inside)
-    os.close(home)
     os.close(temp)
     with contextlib.suppress(OSError):  # before Linux 5.8, names of other processes stay visible
         _mount("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "hidepid=2")
