@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -126,7 +127,7 @@ class ForkServer:
         return "it was closed"
 
 
-class SupervisedSandbox:
+class SupervisedSandbox(ABC):
     """What sandboxes have in common that start groups through a fork server of their own."""
 
     name: ClassVar[str]
@@ -188,9 +189,9 @@ class SupervisedSandbox:
             raise
 
     @classmethod
+    @abstractmethod
     def check(cls) -> None:
         """Find out whether it can work here; raises SandboxUnavailable with the cure."""
-        raise NotImplementedError
 
     @property
     def isolated(self) -> bool:
@@ -254,9 +255,9 @@ class SupervisedSandbox:
         with self._ending:
             self._end()
 
+    @abstractmethod
     def _command(self, launch: Launch, folder: Path) -> list[str] | None:
         """Return what to execute for a launch; None to fork the warm interpreter."""
-        raise NotImplementedError
 
     def _places(self, folder: Path) -> dict[str, str]:
         """Return the environment variables that name places."""

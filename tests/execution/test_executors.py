@@ -10,14 +10,18 @@ from pathlib import Path
 import pytest
 
 from darwin_exp import execution
+from darwin_exp.evaluation import job as scoring
 from darwin_exp.execution import SerialExecutor, ThreadsExecutor
 from darwin_exp.individual import (
     DataSpec,
     Genome,
     Job,
+    JobResult,
     Purpose,
+    Reason,
     SandboxSpec,
     Status,
+    TrainingRun,
     TrainingSpec,
 )
 from darwin_exp.protocols import Executor, InfrastructureFailure, Interrupted
@@ -143,6 +147,22 @@ class TestEveryExecutorAtItsEnd:
         executor.close()
         with pytest.raises(Interrupted):
             executor.submit(job_of(HONEST)).result(10)
+
+
+def test_what_an_interruption_did_to_a_score_is_not_taken_for_the_candidates_failure(
+    job_of: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = SerialExecutor((min(os.sched_getaffinity(0)),))
+    verdict = TrainingRun(Status.REJECTED, Reason.MODEL_CODE, "the model server is gone")
+
+    def interrupted_while_scoring(job: Job, *_: object) -> JobResult:
+        executor._slot.close()  # as Ctrl-C does, from another thread
+        return JobResult(job.job_id, verdict)
+
+    monkeypatch.setattr(scoring, "run_job", interrupted_while_scoring)
+    with pytest.raises(Interrupted):
+        executor.submit(job_of(HONEST)).result(30)
+    executor.close()
 
 
 def test_slots_share_no_core_and_too_few_cores_are_refused() -> None:
