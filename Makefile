@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast check format bench ui clean
+.PHONY: help setup run test test-fast test-edits check format bench ui clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*?## "} {printf "  make %-10s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ test: setup ## run the whole suite
 
 test-fast: setup ## run what needs neither long training nor a browser
 	$(PYTEST) -m "not slow and not browser"
+
+test-edits: setup ## train all pairs of built-in edits and a draw of triples, on all cores
+	$(BIN)/python -m pytest -n auto -m edits tests/mutation
 
 check: setup ## formatter, linter, types and the import contract
 	$(BIN)/ruff format --check .

@@ -3,32 +3,40 @@
 Hydra composes, `config` types and checks, `run` does the work. Hydra 1.3 would end a sweep at the
 first job that calls sys.exit and turns composition errors into a traceback, so jobs only leave
 their exit codes here and the process exits after Hydra has returned.
+
+A sweep goes on where it was left with `sweep=latest`: a job whose run is finished is not run
+again, one whose run is not is resumed, and the others start.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import sys
 import traceback
-from pathlib import Path
+from dataclasses import replace
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.text import Text
 
 from darwin_exp import config as schema
-from darwin_exp import summary
+from darwin_exp import launching, summary
+from darwin_exp import sweep as sweeps
 from darwin_exp.config import ConfigError, DarwinConfig, Show
 from darwin_exp.display import LiveDisplay, PlainDisplay, Watch, watch_for
 from darwin_exp.guidance import explain, help_text
+from darwin_exp.parts import folder
 from darwin_exp.run import Command, run
+from darwin_exp.sweep import Sweep
 
 EXIT_CODES: list[int] = []
+SETTLED = (summary.OK, summary.NONE_OK, summary.LOST)  # the others leave something to go on with
 
 
 class _Console(Console):
@@ -50,7 +58,15 @@ def _job(composed: DictConfig) -> None:
 def _exit_code_of(composed: DictConfig) -> int:
     console = _Console()
     try:
+        at_work = launching.sweep_at_work()
+        if at_work is not None:
+            return _exit_code_in_sweep(composed, at_work, console)
         config = schema.typed(composed)
+        if config.sweep is not None:
+            raise ConfigError(
+                f"sweep={config.sweep}: this command is no sweep; type the sweep's own, with -m or "
+                "+sweeps=NAME, and with resume=RUN_ID to go on with a single run"
+            )
         return run(config, _command(composed), _watch(config, console))
     except ConfigError as error:
         _say(str(error))
@@ -67,17 +83,54 @@ def _exit_code_of(composed: DictConfig) -> int:
         return summary.WRONG
 
 
+def _exit_code_in_sweep(composed: DictConfig, sweep: Sweep, console: Console) -> int:
+    """Run a sweep's job, resume its run, or return the exit code of the run that it has finished.
+
+    Raises: as `run` does.
+    """
+    command = _command(composed)
+    number, total = HydraConfig.get().job.num + 1, len(sweep.plan.jobs)
+    title = f"job {number} of {total}: {sweep.plan.label(command.job)}"
+    before = sweep.run_of(command.job)
+    if before is None:
+        console.print(Text(title, "bold"))
+        config = schema.typed(composed)
+        config.sweep = None
+        return run(config, command, _watch(config, console))
+    config = schema.typed(composed)
+    recorded = schema.from_yaml(before / "config.yaml", [], {})
+    code = sweeps.exit_code_of(before)
+    if code is not None and config.n_generations <= recorded.n_generations:
+        console.print(Text(f"{title}: finished before as {before.name}, exit code {code}", "bold"))
+        return code
+    console.print(Text(f"{title}: going on with {before.name}", "bold"))
+    config.sweep, config.resume = None, before.name
+    config.paths.runs = str(before.parent)
+    settings = tuple(one for one in command.overrides if not one.startswith(("+", "~")))
+    return run(config, replace(command, overrides=settings), _watch(config, console))
+
+
 def _command(composed: DictConfig) -> Command:
     typed = HydraConfig.get()
     overrides = tuple(str(override) for override in typed.overrides.task)
     groups = {override.partition("=")[0] for override in overrides} & set(schema.GROUPS)
-    in_sweep = typed.mode == RunMode.MULTIRUN
-    arguments = shlex.join(overrides if in_sweep else sys.argv[1:])
+    chosen = {group: composed[group] for group in groups}
+    sweep = launching.sweep_at_work()
+    if sweep is None:
+        return Command(
+            f"python -m darwin_exp {shlex.join(sys.argv[1:])}".strip(), overrides, chosen
+        )
+    own = tuple(one for one in overrides if one.partition("=")[0] not in launching.NO_PART_OF_A_JOB)
     return Command(
-        text=f"python -m darwin_exp {arguments}".strip(),
-        overrides=overrides,
-        chosen={group: composed[group] for group in groups},
-        sweep_folder=Path(typed.sweep.dir).resolve() if in_sweep else None,
+        text=f"python -m darwin_exp {shlex.join(own)}",
+        overrides=own,
+        chosen=chosen,
+        sweep_folder=sweep.folder,
+        job=launching.job_of(own, sweep.plan.varied),
+        sweep_tags={
+            "mlflow.runName": f"{sweep.plan.name} {sweep.id}",
+            "darwin.command": sweep.plan.command,
+        },
     )
 
 
@@ -97,20 +150,54 @@ def main() -> None:
         print(help_text())
         sys.exit(0)
     OmegaConf.register_new_resolver("project_root", lambda: str(schema.PROJECT), replace=True)
+
+    @functools.cache  # one command is one sweep, however often Hydra asks
+    def sweep_folder(runs: str, name: str | None) -> str:
+        return str(sweeps.new_or_named(folder(runs), name))
+
+    OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)
     schema.register()
     # Hydra then raises what went wrong instead of printing a traceback and exiting with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        code = _run_jobs()
+    finally:
+        launching.end_sweep()
+    sys.exit(code)
+
+
+def _run_jobs() -> int:
+    try:
         _job()
     except (HydraException, OmegaConfBaseException) as error:
         _say(explain(error))
-        sys.exit(summary.WRONG)
+        if (sweep := launching.sweep_at_work()) is not None:
+            sweep.discard_if_unused()
+        return summary.WRONG
     except OSError as error:  # Hydra makes the sweep's folder
         _say(f"{error.filename}: {error.strerror}; choose another folder")
-        sys.exit(summary.WRONG)
+        return summary.WRONG
     except KeyboardInterrupt:
-        sys.exit(summary.BY_SIGNAL)
-    sys.exit(summary.worst(EXIT_CODES))
+        EXIT_CODES.append(summary.BY_SIGNAL)
+    code = summary.worst(EXIT_CODES)
+    if (sweep := launching.sweep_at_work()) is not None:
+        _close_sweep(sweep, code)
+    return code
+
+
+def _close_sweep(sweep: Sweep, code: int) -> None:
+    """Show and publish what a sweep found; what goes wrong here is said and changes nothing."""
+    from darwin_exp.compare.closing import close_sweep
+
+    interrupted = code == summary.BY_SIGNAL
+    try:
+        close_sweep(sweep.folder, code, None if interrupted else _Console(), _say)
+    except KeyboardInterrupt:
+        _say("interrupted before the comparison was written")
+    except Exception as error:
+        _say(f"the runs are safe, but they could not be compared: {error}")
+    if interrupted or not set(EXIT_CODES) <= set(SETTLED):
+        _say(f"go on with: {launching.command_line(f'sweep={sweep.id}')}")
 
 
 if __name__ == "__main__":

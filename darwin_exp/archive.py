@@ -67,7 +67,11 @@ class Archive:
             message=outcome.message,
             metrics=metrics,
             rates=rates,
-            fitness=self._fitness(metrics, rates, self.base) if is_ok else None,
+            fitness=(
+                self._fitness(metrics, rates, self.base, is_base=individual is self.base)
+                if is_ok
+                else None
+            ),
             attempts=attempts,
             contended=result.contended,
         )

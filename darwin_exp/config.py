@@ -99,8 +99,10 @@ class MutatorConfig:
 @dataclass
 class OperatorsConfig(MutatorConfig):
     name: str = "operators"
-    edits_per_child: list[int] = _key([1, 2], "fewest and most edits of one rewrite")
+    edits_per_child: list[int] = _key([2, 3], "fewest and most edits of one rewrite")
     max_drafts: int = _key(8, "drafts before a child that is only ever a duplicate is given up")
+    only: list[str] = _key([], "draw these edits alone: names, or what they are about (all if [])")
+    without: list[str] = _key([], "never draw these edits: names, or what they are about")
 
 
 @dataclass
@@ -130,6 +132,14 @@ class Nsga2Config(SelectionConfig):
 @dataclass
 class FitnessConfig:
     name: str = MISSING
+
+
+@dataclass
+class MfuConfig(FitnessConfig):
+    name: str = "mfu"
+    perplexity_margin_percent: float | None = _key(
+        0.0, "how far above the base's perplexity may be; null: ignored"
+    )
 
 
 @dataclass
@@ -171,6 +181,7 @@ class PairingConfig:
 class PromotionConfig:
     name: str = MISSING
     n_seeds: int = _key(4, "fresh trainings of base and selected behind the closing claim")
+    n_equal_steps: int = _key(3, "the same at equal steps; 0 leaves that out")
 
 
 @dataclass
@@ -246,6 +257,7 @@ class DarwinConfig:
     max_hours: float | None = _key(None, "stop, resumably, after so many hours", True)
     stagnation_generations: int | None = _key(None, "finish after so many without a gain", True)
     resume: str | None = _key(None, "run id, or latest: go on with that run", True)
+    sweep: str | None = _key(None, "sweep id, or latest: go on with that sweep's jobs", True)
     show: Show = _key(Show.auto, "live display, plain lines, or whichever fits", True)
     genome: GenomeConfig = field(default_factory=GenomeConfig)
     trainer: TrainerConfig = MISSING
@@ -276,7 +288,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "tournament": TournamentConfig,
         "nsga2": Nsga2Config,
     },
-    "fitness": {"fitness": FitnessConfig, "weighted": WeightedConfig},
+    "fitness": {"fitness": FitnessConfig, "mfu": MfuConfig, "weighted": WeightedConfig},
     "memory": {"memory": MemoryConfig, "json": JsonMemoryConfig},
     "crossover": {"crossover": CrossoverConfig, "merge": MergeConfig},
     "pairing": {"pairing": PairingConfig},
@@ -286,6 +298,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "tracking": {"tracking": TrackingConfig},
 }
 GROUPS = tuple(SCHEMAS)
+OPERATIONAL_GROUPS = ("tracking", "executor")
 
 
 def register() -> None:
@@ -336,6 +349,9 @@ def check(config: DarwinConfig) -> None:
     _at_least("trainer.context_length", config.trainer.context_length, 2)
     _at_least("base.n_repeats", config.base.n_repeats, 1)
     _at_least("promotion.n_seeds", config.promotion.n_seeds, 2)
+    _at_least("promotion.n_equal_steps", config.promotion.n_equal_steps, 0)
+    if config.promotion.n_equal_steps == 1:
+        raise ConfigError("promotion.n_equal_steps=1 gives no interval; choose 0, or 2 or more")
     _at_least("repair.max_attempts", config.repair.max_attempts, 0)
     _at_least("selection.elitism", config.selection.elitism, 0)
     if config.selection.elitism > config.n_survivors:
@@ -415,12 +431,27 @@ def leaves(
         name = f"{prefix}{entry.name}"
         free = operational or bool(entry.metadata.get("operational"))
         if is_dataclass(value):
-            free = free or entry.name in ("tracking", "executor")
+            free = free or entry.name in OPERATIONAL_GROUPS
             yield from leaves(value, f"{name}.", free)
         elif isinstance(value, Mapping):
             yield from ((f"{name}.{key}", item, free) for key, item in value.items())
         else:
             yield name, value.value if isinstance(value, Enum) else value, free
+
+
+def is_operational(key: str) -> bool:
+    """Tell of a dotted key, or of a group, whether a resumed run may change it."""
+    head, _, inner = key.partition(".")
+    top = {entry.name: entry for entry in fields(DarwinConfig)}.get(head)
+    if top is None:
+        return False
+    if top.metadata.get("operational") or head in (*OPERATIONAL_GROUPS, "paths"):
+        return True
+    return any(
+        entry.name == inner and bool(entry.metadata.get("operational"))
+        for kind in SCHEMAS.get(head, {}).values()
+        for entry in fields(kind)
+    )
 
 
 def refuse_changed_score(recorded: DarwinConfig, wanted: DarwinConfig) -> None:

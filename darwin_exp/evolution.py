@@ -71,7 +71,9 @@ class Plan:
     max_repairs: int
     n_base_repeats: int
     n_claim_seeds: int
+    n_equal_steps: int
     has_test: bool
+    max_steps: int | None
 
     @property
     def n_offspring(self) -> int:
@@ -247,7 +249,13 @@ class _Lives:
         plan, parts, archive = self.plan, self.parts, self.archive
         assert archive.base is not None
         closing = Closing(
-            parts.trials, parts.journal, self.at_once, plan.n_claim_seeds, plan.has_test
+            parts.trials,
+            parts.journal,
+            self.at_once,
+            n_seeds=plan.n_claim_seeds,
+            n_equal_steps=plan.n_equal_steps,
+            has_test=plan.has_test,
+            max_steps=plan.max_steps,
         )
         last = len(archive.best_by_generation) - 1
         closing.close(archive.everyone(), archive.base, last)

@@ -23,12 +23,17 @@ class Fitness(Protocol):
     """Weighs what was measured. Pure; never raises for what a candidate did."""
 
     def __call__(
-        self, metrics: Mapping[str, float], rates: Mapping[str, float], base: Individual | None
+        self,
+        metrics: Mapping[str, float],
+        rates: Mapping[str, float],
+        base: Individual | None,
+        is_base: bool = False,
     ) -> float | None:
         """Return a number (higher is better), or None where it is unknown.
 
         Args:
-            base: what gains are measured against; None for the base itself.
+            base: what gains are measured against; None for its own first measurement.
+            is_base: whether the base's own code was measured again, to which no condition applies.
         """
         ...
 
@@ -42,6 +47,7 @@ class PerplexityFitness:
         metrics: Mapping[str, float],
         rates: Mapping[str, float],
         base: Individual | None,
+        is_base: bool = False,
     ) -> float | None:
         """Return -log(val_perplexity), or None where it is unknown."""
         log_perplexity = _log(metrics, rates, PERPLEXITY)
@@ -50,17 +56,39 @@ class PerplexityFitness:
 
 @dataclass(frozen=True)
 class MfuFitness:
-    """Is the model FLOPs utilisation, between 0 and 1."""
+    """Is the model FLOPs utilisation, between 0 and 1, as long as perplexity is kept.
+
+    Training that uses the machine to the full and learns nothing is easy to find. So code whose
+    validation perplexity is further above the base's than the margin has a fitness below 0: minus
+    what it is too high by, in nats. It then comes after all code that keeps to the margin, and the
+    nearer to it the better.
+    Source: the constraint domination of Deb et al. 2002, "NSGA-II".
+
+    Attributes:
+        margin_percent: how far above the base's the perplexity may be; None ignores perplexity.
+    """
+
+    margin_percent: float | None = 0.0
 
     def __call__(
         self,
         metrics: Mapping[str, float],
         rates: Mapping[str, float],
         base: Individual | None,
+        is_base: bool = False,
     ) -> float | None:
-        """Return mfu, or None where it is unknown."""
+        """Return mfu, or what is below 0 for too high a perplexity; None where one is unknown."""
         mfu = metrics.get(MFU, rates.get(MFU))
-        return mfu if _is_positive(mfu) else None
+        if not _is_positive(mfu):
+            return None
+        if self.margin_percent is None or base is None or is_base:
+            return mfu
+        here = _log(metrics, rates, PERPLEXITY)
+        there = _log(base.metrics, base.rates, PERPLEXITY)
+        if here is None or there is None:
+            return None
+        excess = here - there - math.log1p(self.margin_percent / 100)
+        return mfu if excess <= 0 else -excess
 
 
 @dataclass(frozen=True)
@@ -86,7 +114,11 @@ class WeightedFitness:
             raise ValueError("at least one of the fitness weights must be above 0")
 
     def __call__(
-        self, metrics: Mapping[str, float], rates: Mapping[str, float], base: Individual | None
+        self,
+        metrics: Mapping[str, float],
+        rates: Mapping[str, float],
+        base: Individual | None,
+        is_base: bool = False,
     ) -> float | None:
         """Return the weighted sum of gains, or None where any that counts is unknown."""
         of_base = (metrics, rates) if base is None else (base.metrics, base.rates)

@@ -10,6 +10,7 @@ import ast
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,9 @@ from typing import Any
 
 GENOME_SUFFIXES = (".py", ".json", ".toml", ".yaml", ".yml", ".txt")
 NOT_GENOME = frozenset({"job.json", "model.json", "requirements.txt"})
+OUTPUT_FOLDER = "out"  # beside train.py: what a training by hand leaves is no training code
 MAX_GENOME_BYTES = 1_000_000
+_NO_FILE, _EMPTY_FILE = "0000000", "e69de29"  # as git calls them
 
 
 @dataclass(frozen=True)
@@ -35,20 +38,28 @@ class Genome:
     def of(cls, files: Mapping[str, str]) -> Genome:
         """Build a genome from a mapping of path to text.
 
+        Line breaks become plain line feeds, as Python reads them anyway: only then are a folder,
+        a patch and the genome that they came from the same on every machine.
+
         Raises:
-            ValueError: a path is absolute or leaves the tree, or the tree is too large.
+            ValueError: a path is absolute, leaves the tree or is none that `from_folder` would
+                read back, or the tree is too large.
         """
         for path in files:
-            parts = PurePosixPath(path).parts
-            if not parts or PurePosixPath(path).is_absolute() or ".." in parts or "\\" in path:
+            if str(PurePosixPath(path)) != path or not _belongs(PurePosixPath(path)):
                 raise ValueError(f"a genome cannot hold the path {path!r}")
+        files = {
+            path: text.replace("\r\n", "\n").replace("\r", "\n") for path, text in files.items()
+        }
         if sum(len(text.encode()) for text in files.values()) > MAX_GENOME_BYTES:
             raise ValueError(f"a genome holds at most {MAX_GENOME_BYTES} bytes of source")
         return cls(tuple(sorted(files.items())))
 
     @classmethod
     def from_folder(cls, folder: Path) -> Genome:
-        """Read the training code below a folder; hidden files, caches and prose are left out.
+        """Read the training code below a folder.
+
+        Hidden files, caches, prose, the harness's own files and `out/` are left out.
 
         Raises:
             ValueError: the folder is missing, has no train.py or model.py, or is not UTF-8 text.
@@ -57,14 +68,11 @@ class Genome:
             raise ValueError(f"genome.dir: {folder} is not a folder")
         files: dict[str, str] = {}
         for path in sorted(folder.rglob("*")):
-            relative = path.relative_to(folder)
-            hidden = any(part.startswith((".", "__pycache__")) for part in relative.parts)
-            if hidden or path.is_symlink() or not path.is_file():
-                continue
-            if path.suffix not in GENOME_SUFFIXES or path.name in NOT_GENOME:
+            relative = PurePosixPath(path.relative_to(folder))
+            if path.is_symlink() or not path.is_file() or not _belongs(relative):
                 continue
             try:
-                files[relative.as_posix()] = path.read_text(encoding="utf-8")
+                files[str(relative)] = path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(f"genome.dir: {path} is not UTF-8 text") from error
         for needed in ("train.py", "model.py"):
@@ -103,24 +111,52 @@ class Genome:
 
     def patch_from(self, other: Genome) -> str:
         """Return the unified diff that turns `other` into this genome."""
+        pairs = {
+            path: (other.as_dict.get(path), self.as_dict.get(path))
+            for path in sorted(self.as_dict.keys() | other.as_dict.keys())
+        }
+        changed = {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
+        # Only git's headers can say that an empty file comes or goes, and then all must have one.
+        as_git = any(not before and not after for before, after in changed.values())
         lines: list[str] = []
-        for path in sorted(self.as_dict.keys() | other.as_dict.keys()):
-            before, after = other.as_dict.get(path), self.as_dict.get(path)
-            if before == after:
-                continue
+        for path, (before, after) in changed.items():
+            lines += _git_header(path, before, after) if as_git else []
             lines += _file_diff(path, before, after)
         return "".join(lines)
 
 
+def lines_of(text: str) -> list[str]:
+    """Split text after its line feeds, and nowhere else, as patches do."""
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
+
+
+def _belongs(path: PurePosixPath) -> bool:
+    """Tell whether a file at a path of the tree is training code."""
+    if not path.parts or path.is_absolute() or "\\" in str(path) or not str(path).isprintable():
+        return False
+    if path.parts[0] == OUTPUT_FOLDER or path.name in NOT_GENOME:
+        return False
+    # The first dot also stands for "..", which would leave the tree.
+    hidden = any(part.startswith((".", "__pycache__")) for part in path.parts)
+    return not hidden and path.suffix in GENOME_SUFFIXES
+
+
+def _git_header(path: str, before: str | None, after: str | None) -> list[str]:
+    quote = '"' if " " in path else ""
+    header = [f"diff --git {quote}a/{path}{quote} {quote}b/{path}{quote}\n"]
+    if before is None or after is None:
+        header.append(f"{'new' if before is None else 'deleted'} file mode 100644\n")
+    if not before and not after:
+        ids = (_NO_FILE, _EMPTY_FILE) if before is None else (_EMPTY_FILE, _NO_FILE)
+        header.append(f"index {ids[0]}..{ids[1]}\n")
+    return header
+
+
 def _file_diff(path: str, before: str | None, after: str | None) -> list[str]:
-    old_name = "/dev/null" if before is None else f"a/{path}"
-    new_name = "/dev/null" if after is None else f"b/{path}"
-    diff = difflib.unified_diff(
-        (before or "").splitlines(keepends=True),
-        (after or "").splitlines(keepends=True),
-        old_name,
-        new_name,
-    )
+    end = "\t" if " " in path else ""  # where a name with a space ends
+    old_name = "/dev/null" if before is None else f"a/{path}{end}"
+    new_name = "/dev/null" if after is None else f"b/{path}{end}"
+    diff = difflib.unified_diff(lines_of(before or ""), lines_of(after or ""), old_name, new_name)
     # A last line without a line break needs git's marker, or the patch would not apply.
     return [
         line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in diff

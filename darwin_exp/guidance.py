@@ -6,15 +6,19 @@ import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-from darwin_exp.config import CONF, GROUPS, SCHEMAS, DarwinConfig
+from darwin_exp.config import CONF, GROUPS, PROJECT, SCHEMAS, DarwinConfig
 
 
 def variants(group: str) -> dict[str, str]:
-    """Return the variants of a group in conf/, each with the first comment line of its file."""
+    """Return a group's variants, each with the first comment line of its file.
+
+    They lie in conf/, apart from sweeps.
+    """
     found = {}
-    for path in sorted((CONF / group).glob("*.yaml")):
+    for path in sorted(((PROJECT if group == "sweeps" else CONF) / group).glob("*.yaml")):
         lines = path.read_text(encoding="utf-8").splitlines()
         found[path.stem] = next(
             line.removeprefix("#").strip() for line in lines if not line.startswith("# @")
@@ -29,11 +33,18 @@ def help_text() -> str:
         "",
         "  python -m darwin_exp +experiment=NAME [group=variant] [key=value] [+debug=tiny]",
         "  python -m darwin_exp -m +experiment=baseline memory=json,off seed=0,1,2",
+        "  python -m darwin_exp -cd . +experiment=NAME +sweeps=NAME",
         "  python -m darwin_exp resume=RUN_ID|latest [n_generations=20] [max_hours=8]",
+        "  python -m darwin_exp.compare SWEEP_ID|latest",
         "",
         "Experiments (whole recipes; add with +experiment=NAME)",
     ]
-    for group, title in (("experiment", ""), ("debug", "Debugging (add with +debug=NAME)")):
+    for group, title in (
+        ("experiment", ""),
+        ("population", "Populations of equal numbers of trainings (add with +population=NAME)"),
+        ("debug", "Debugging (add with +debug=NAME)"),
+        ("sweeps", "Sweeps (run by these commands; the same one with sweep=latest goes on)"),
+    ):
         if title:
             lines += ["", title]
         lines += [f"  {name:<12} {first}" for name, first in variants(group).items()]
@@ -73,6 +84,8 @@ def explain(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if found := re.search(r"Could not find '([^/']+)/([^']+)'", text):
         group, name = found.groups()
+        if group == "sweeps" and name in variants("sweeps"):
+            return f"sweeps={name}: it was not looked for here; add `-cd {_here(PROJECT)}`"
         known = ", ".join(variants(group)) or "none"
         return f"{group}={name}: there is no such variant; choose one of {known}"
     if found := re.search(r"Could not override '([^']+)'", text):
@@ -96,6 +109,10 @@ def explain(error: BaseException) -> str:
     first = (str(error).splitlines() or [type(error).__name__])[0]
     key = getattr(error, "full_key", None)
     return f"{key}: {first}" if key and str(key) not in first else first
+
+
+def _here(path: Path) -> str:
+    return "." if path == Path.cwd() else str(path)
 
 
 def _unknown_key(key: str) -> str:

@@ -106,7 +106,8 @@ class Purpose(Enum):
 
     SEARCH = "search"
     BASE_REPEAT = "base_repeat"
-    CLAIM = "claim"
+    CLAIM = "claim"  # scored on test, under the run's own clock or steps
+    EQUAL_STEPS = "equal_steps"  # scored on test, after as many steps as the other side's
     RETIME = "retime"
 
 

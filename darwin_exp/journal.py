@@ -189,8 +189,13 @@ def load(folder: Path) -> list[Event]:
     if not path.is_file():
         raise JournalError(f"{path}: no such journal; `ls {folder.parent}` shows the runs")
     try:
-        # A live writer may hold a transaction open for a moment: wait for it.
-        database = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)
+        # A live writer may hold a transaction open for a moment: wait for it. Where the folder
+        # cannot be written nobody writes now, and SQLite could not take part in a log; but one
+        # that a crash left behind holds the last events, and must not be passed over.
+        has_log = path.with_name(f"{FILE_NAME}-wal").exists()
+        mode = "mode=ro" if has_log or os.access(folder, os.W_OK) else "immutable=1"
+        address = f"{path.resolve().as_uri()}?{mode}"
+        database = sqlite3.connect(address, uri=True, timeout=30)
         try:
             return list(read(database, path))
         finally:

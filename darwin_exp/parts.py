@@ -149,7 +149,10 @@ def build_mutator(chosen: schema.MutatorConfig) -> Mutator:
 
     if isinstance(chosen, schema.OperatorsConfig):
         fewest, most = chosen.edits_per_child
-        return Operators((fewest, most), chosen.max_drafts)
+        try:
+            return Operators((fewest, most), chosen.max_drafts, chosen.only, chosen.without)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
     if isinstance(chosen, schema.ScriptedConfig):
         try:
             return Scripted.from_file(Path(chosen.file).expanduser())
@@ -182,7 +185,9 @@ def build_fitness(chosen: schema.FitnessConfig) -> Fitness:
             return WeightedFitness(chosen.perplexity_weight, chosen.mfu_weight)
         except ValueError as error:
             raise ConfigError(f"fitness: {error}") from error
-    return MfuFitness() if chosen.name == "mfu" else PerplexityFitness()
+    if isinstance(chosen, schema.MfuConfig):
+        return MfuFitness(chosen.perplexity_margin_percent)
+    return PerplexityFitness()
 
 
 def build_memory(config: DarwinConfig, run_id: str, journal: Journal) -> Memory:
@@ -238,6 +243,8 @@ def build_plan(config: DarwinConfig, data: DataSpec) -> Plan:
         max_repairs=config.repair.max_attempts,
         n_base_repeats=config.base.n_repeats,
         n_claim_seeds=config.promotion.n_seeds,
+        n_equal_steps=config.promotion.n_equal_steps,
+        max_steps=config.max_steps,
         has_test=read_meta(data.folder).splits["test"].tokens > config.trainer.context_length,
     )
 

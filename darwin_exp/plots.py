@@ -1,7 +1,7 @@
 """Pictures of an evolution: perplexity and MFU of every agent, generation by generation.
 
 Reads: individuals, generations and base repeats as plain mappings.
-Writes: perplexity.png and mfu.png, 900 pixels wide.
+Writes: perplexity.png and mfu.png, 900 pixels wide; the report adds its own (report/pictures.py).
 Never: shows a window or touches matplotlib's global state, so any thread may draw.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which stays apart under the common kinds of colour blindness.
 BLUE, ORANGE, GREEN, VERMILION, SKY, GREY, PURPLE = (
@@ -94,13 +96,7 @@ def _draw(
     kept: set[str],
     base_repeats: Sequence[Mapping[str, Any]],
 ) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.0, 5.4), dpi=100, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    _dress(axes, panel)
+    figure, axes = sheet(panel.title, "generation", panel.label)
     alive = [i for i in individuals if _value(i, panel.metric) is not None and _is_ok(i)]
     values = [_value(i, panel.metric) or 0.0 for i in alive]
     measured = base_repeats or [i for i in alive if not i.get("parent_ids")]
@@ -118,21 +114,43 @@ def _draw(
         figure.legend(
             loc="outside lower center", ncols=4, frameon=False, fontsize=10.5, handletextpad=0.4
         )
-    path = folder / panel.file
-    figure.savefig(path)
-    return path
+    return save(figure, folder / panel.file)
 
 
-def _dress(axes: Axes, panel: _Panel) -> None:
-    axes.set_title(panel.title, loc="left", fontsize=14, fontweight="bold", pad=12)
-    axes.set_xlabel("generation", fontsize=11.5)
-    axes.set_ylabel(panel.label, fontsize=11.5)
+def sheet(
+    title: str, x_label: str, y_label: str, inches: tuple[float, float] = (9.0, 5.4)
+) -> tuple[Figure, Axes]:
+    """Return an empty figure of 100 pixels an inch, and its axes, in this project's dress."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=inches, dpi=100, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=14, fontweight="bold", pad=12)
+    axes.set_xlabel(x_label, fontsize=11.5)
+    axes.set_ylabel(y_label, fontsize=11.5)
     axes.tick_params(labelsize=11, length=0)
     axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#BBBBBB")
+    return figure, axes
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure so that whoever reads the file meanwhile finds the old one or the new one."""
+    fresh = path.with_name(f".{threading.get_ident()}-{path.name}")
+    for axes in figure.axes:  # what lies within the axes need not be measured to place them
+        for artist in (*axes.collections, *axes.lines, *axes.patches, *axes.texts):
+            artist.set_in_layout(False)
+    try:
+        figure.savefig(fresh, format="png", pil_kwargs={"compress_level": 3})
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return path
 
 
 def _limit(axes: Axes, values: Sequence[float], last: int) -> None:

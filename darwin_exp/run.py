@@ -1,7 +1,8 @@
 """One run: its folder, its journal and this process's part in it, from config to exit code.
 
 Reads: the configuration; of a resumed run, what it recorded.
-Writes: runs/RUN_ID/ (config.yaml, journal.sqlite, summary.json, champion/) and runs/latest.
+Writes: runs/RUN_ID/ (config.yaml, journal.sqlite, summary.json, champion/, report.html) and
+runs/latest.
 Never: decides what the evolution does.
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 import signal
 import socket
 import time
@@ -23,6 +23,8 @@ from typing import Any
 
 from darwin_exp import parts as workshop_of
 from darwin_exp import summary as summaries
+from darwin_exp.champion import leave_champion
+from darwin_exp.chronicle import Chronicle
 from darwin_exp.config import (
     ConfigError,
     DarwinConfig,
@@ -38,7 +40,9 @@ from darwin_exp.individual import Genome
 from darwin_exp.journal import Journal, JournalError
 from darwin_exp.parts import Workshop, folder
 from darwin_exp.protocols import Event, Interrupted, Tracker
-from darwin_exp.tracking import MlflowTracker, NullTracker
+from darwin_exp.report import write_from
+from darwin_exp.sweep import Overrides, enlist
+from darwin_exp.tracking import MlflowTracker, NullTracker, store_of
 from darwin_exp.trials import Bench, Broken, Trials
 
 LATEST = "latest"
@@ -55,12 +59,16 @@ class Command:
         overrides: `key=value` as typed.
         chosen: the composed node of every group whose variant was typed.
         sweep_folder: of the sweep that this run belongs to, if any.
+        job: what tells it apart within that sweep.
+        sweep_tags: what MLflow is told of the sweep.
     """
 
     text: str
     overrides: tuple[str, ...] = ()
     chosen: Mapping[str, Any] | None = None
     sweep_folder: Path | None = None
+    job: Overrides = frozenset()
+    sweep_tags: Mapping[str, str] | None = None
 
     @property
     def sweep_id(self) -> str | None:
@@ -88,7 +96,7 @@ def run(config: DarwinConfig, command: Command, watch: Watch) -> int:
         _write_config(run_folder, config)
         _point_latest_to(run_folder)
         if command.sweep_folder is not None:
-            _list_in_sweep(command.sweep_folder, run_folder, command.text)
+            enlist(command.sweep_folder, run_folder, command.text, command.job)
         return _Session(workshop, run_folder, journal, command, watch).work()
 
 
@@ -167,14 +175,6 @@ def _refuse_shorter(wanted: DarwinConfig, journal: Journal) -> None:
             f"n_generations={wanted.n_generations}: generation {max(begun)} has begun; choose "
             f"n_generations={max(begun)} or more"
         )
-
-
-def _list_in_sweep(sweep_folder: Path, run_folder: Path, text: str) -> None:
-    """Append a run to its sweep's list, one JSON object a line."""
-    with suppress(OSError):
-        sweep_folder.mkdir(parents=True, exist_ok=True)
-        with (sweep_folder / "runs.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"run_id": run_folder.name, "command": text}) + "\n")
 
 
 def _new_folder(runs: Path) -> Path:
@@ -362,9 +362,8 @@ class _Session:
             code = summaries.BY_SIGNAL if interrupted else summaries.WRONG
             return {"run_id": self.run_folder.name, "status": status, "exit_code": code}
         summary = summaries.summarise(events, self.plan.n_requested, status)
-        if summary["champion"] is not None:
-            self._leave_champion(summary["champion"]["individual_id"])
         self._write_summary(summary)
+        self._leave_products(events, summary, status)
         with suppress(JournalError):  # a journal that refuses to be written has said so already
             n = len(self.journal.of_kind("end"))
             self.journal.append(
@@ -388,16 +387,24 @@ class _Session:
         with suppress(OSError):
             _write(self.run_folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
-    def _leave_champion(self, name: str) -> None:
-        """Copy the selected individual's code and its patch against the base."""
-        code = self.run_folder / "individuals" / name / "code"
-        champion = self.run_folder / "champion"
-        with suppress(OSError, ValueError):
-            genome = Genome.from_folder(code)
-            shutil.rmtree(champion, ignore_errors=True)
-            genome.write_to(champion)
-            patch = genome.patch_from(self.workshop.base)
-            (champion / "champion.patch").write_text(patch, encoding="utf-8")
+    def _leave_products(
+        self, events: Sequence[Event], summary: Mapping[str, Any], status: str
+    ) -> None:
+        """Write champion and report: both can be made again from the journal, whatever happens."""
+        chronicle = Chronicle.of(events)
+        training, _, _ = workshop_of.build_specs(self.config, None)
+
+        def champion() -> None:
+            leave_champion(self.run_folder, chronicle, summary, self.workshop.data, training)
+
+        def report() -> None:
+            write_from(chronicle, self.run_folder, status)
+
+        for make in (champion, report):
+            try:
+                make()
+            except Exception as failure:
+                self.watch.note(f"{make.__name__}: could not be written: {failure}")
 
     def _tracker(self) -> Tracker:
         if self.config.tracking.name == "none":
@@ -405,12 +412,13 @@ class _Session:
         runs = self.run_folder.parent
         begun = self.journal.find("run", "run")
         return MlflowTracker(
-            store_uri=f"sqlite:///{runs / 'mlflow.sqlite'}",
+            store_uri=store_of(runs),
             artifact_folder=runs / "mlartifacts",
             experiment=self.config.experiment,
             run_folder=self.run_folder,
             parent_tags={"darwin.command": self.command.text},
             sweep_id=begun.measured["sweep_id"] if begun else self.command.sweep_id,
+            sweep_tags=self.command.sweep_tags,
         )
 
 

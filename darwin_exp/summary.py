@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from darwin_exp.individual import Status
+from darwin_exp.individual import Purpose, Status
 from darwin_exp.protocols import Event
 
 FINISHED, INTERRUPTED, STOPPED, FAILED = "finished", "interrupted", "stopped", "failed"
@@ -42,7 +42,7 @@ def summarise(events: Sequence[Event], n_requested: int, status: str) -> dict[st
     ok, lost, duplicates = (
         counts.pop(name.value, 0) for name in (Status.OK, Status.INFRA_LOST, Status.DUPLICATE)
     )
-    closing = next((event for event in reversed(events) if event.kind == "claim"), None)
+    closing = _last(events, "claim")
     first = _first_attempts(events, mutated)
     repaired = sum(bool(event.payload["repaired"]) for event in mutated)
     return {
@@ -106,7 +106,13 @@ def _sides(
         name: None if event is None else _side(event, jobs, retimed, closing)
         for name, event in (("baseline", base), ("champion", selected))
     }
-    return {**sides, "improvement": _improvement(closing, sides)}
+    improvement = _improvement(closing, sides)
+    run = next(event for event in events if event.kind == "run")
+    steps = run.payload.get("config", {}).get("max_steps")
+    improvement["equal_steps"] = (
+        {**improvement, "n_steps": steps} if steps else _at_steps(_last(events, "equal_steps"))
+    )
+    return {**sides, "improvement": improvement}
 
 
 def _side(
@@ -124,6 +130,7 @@ def _side(
         if job.payload["individual_id"] == name
         and job.payload["genome_id"] == event.payload["genome_id"]
         and job.payload["status"] == Status.OK.value
+        and job.payload["purpose"] != Purpose.EQUAL_STEPS.value
         and (job.payload["purpose"] != "claim" or (last and job.key.startswith(last)))
     ]
 
@@ -159,9 +166,27 @@ def _improvement(closing: Event | None, sides: Mapping[str, Any]) -> dict[str, A
         "p_value": claim.get("p_value"),
         "significant": claim.get("significant"),
         "why_none": closing.payload["why_none"] if closing else "the run has not been closed",
-        "earlier_claims": closing.payload["earlier_claims"] if closing else None,
-        "equal_steps": None,
+        "earlier_claims": closing.payload.get("earlier_claims") if closing else None,
     }
+
+
+def _at_steps(closing: Event | None) -> dict[str, Any] | None:
+    """Return the claim at equal steps; None where the run was closed without looking for one."""
+    if closing is None:
+        return None
+    claim = closing.payload["claim"] or {}
+    known = ("perplexity_percent", "ci95", "p_value", "significant")
+    return {
+        **{name: claim.get(name) for name in known},
+        "mfu_percent": None,  # a rate: the re-timing of `improvement` is all that there is
+        "replicates": min(claim["n_base"], claim["n_selected"]) if claim else None,
+        "n_steps": closing.payload["n_steps"],
+        "why_none": closing.payload["why_none"],
+    }
+
+
+def _last(events: Sequence[Event], kind: str) -> Event | None:
+    return next((event for event in reversed(events) if event.kind == kind), None)
 
 
 def _seconds(events: Sequence[Event]) -> dict[str, Any]:

@@ -47,7 +47,8 @@ class Trial:
         name: unique within the run, such as "g01-i03/0"; the repeats add ".1" and ".2".
         split: what is scored; None trains only.
         folder: where its files are left, below the run's folder.
-        max_steps: overrides the run's own number of steps (re-timings).
+        max_steps: overrides the run's own number of steps.
+        budget_seconds: overrides the run's own clock.
         keeps_model: whether the trained weights are wanted once they are scored.
     """
 
@@ -58,6 +59,7 @@ class Trial:
     split: str | None
     folder: str
     max_steps: int | None = None
+    budget_seconds: float | None = None
     keeps_model: bool = False
 
 
@@ -127,6 +129,7 @@ class Trials:
                 **bench.training.__dict__,
                 "seed": randomness.training_seed(bench.seed, trial.name),
                 "max_steps": trial.max_steps or bench.training.max_steps,
+                "budget_seconds": trial.budget_seconds or bench.training.budget_seconds,
             }
         )
         evaluation = None

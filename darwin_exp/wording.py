@@ -25,6 +25,7 @@ def closing_table(summary: Mapping[str, Any]) -> RenderableType:
     base: Mapping[str, Any] = summary.get("baseline") or {}
     best: Mapping[str, Any] = summary.get("champion") or {}
     gain: Mapping[str, Any] = summary.get("improvement") or {}
+    at_steps: Mapping[str, Any] = gain.get("equal_steps") or {}
     run_id = clean(str(summary.get("run_id") or "-"))
     table = Table(
         title=f"run {run_id}: {summary.get('status') or '-'}",
@@ -51,13 +52,18 @@ def closing_table(summary: Mapping[str, Any]) -> RenderableType:
     table.add_row("replicates", *(number(side.get("replicates"), 4) for side in (base, best)), "")
     return Group(
         table,
-        *(_claim(gain, "equal time"), _claim(gain.get("equal_steps") or {}, "equal steps")),
+        *(_claim(gain, "equal time"), _claim(at_steps, _steps(at_steps))),
         Text(),
         _counts(summary),
         _costs(summary),
         Text(),
         *_where_next(summary, run_id),
     )
+
+
+def _steps(at_steps: Mapping[str, Any]) -> str:
+    n_steps = at_steps.get("n_steps")
+    return "equal steps" if n_steps is None else f"equal steps ({n_steps})"
 
 
 def _claim(gain: Mapping[str, Any], at: str) -> Text:
@@ -126,9 +132,12 @@ def _costs(summary: Mapping[str, Any]) -> Text:
 def _where_next(summary: Mapping[str, Any], run_id: str) -> list[Text]:
     lines = [
         f"results     runs/{run_id}/",
-        "            summary.json, champion/, individuals/, journal.sqlite",
-        "look        make ui",
+        "            report.html, champion/, summary.json, individuals/, journal.sqlite",
+        "look        open report.html in a browser; make ui shows every agent in MLflow",
     ]
+    names = [(summary.get(side) or {}).get("individual_id") for side in ("baseline", "champion")]
+    if names[1] is not None and names[0] != names[1]:
+        lines.append(f"take apart  python -m darwin_exp.ablate {run_id}")
     if summary.get("status") in ("interrupted", "stopped"):
         lines.append(f"go on       python -m darwin_exp resume={run_id}")
     return [Text(line) for line in lines]

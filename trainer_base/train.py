@@ -100,6 +100,7 @@ context_length: int = job["context_length"]  # T
 budget_seconds: float = job["budget_seconds"]
 max_steps: int | None = job["max_steps"]
 out = folder / job["out"]
+out.mkdir(parents=True, exist_ok=True)  # the harness has made it; somebody at a shell may not have
 
 device = torch.device(job["device"])
 on_gpu = device.type == "cuda"

@@ -19,20 +19,18 @@ from typing import cast
 import libcst as cst
 
 from darwin_exp.mutation.builtin import does_not_apply
-from darwin_exp.mutation.roles import Method, Roles
+from darwin_exp.mutation.loop import Loop
+from darwin_exp.mutation.roles import Method
 from darwin_exp.mutation.syntax import (
-    Change,
     Changed,
     argument_of_one_plus_cosine,
     calls,
-    changed,
     has_comment,
     import_order,
     is_definition,
     is_import,
     is_number,
     is_product,
-    is_self,
     last_name,
     own_call,
     sole_target,
@@ -43,24 +41,30 @@ from darwin_exp.mutation.syntax import (
 
 _IMPORTS = {
     "F": "import torch.nn.functional as F",
+    "ThreadPoolExecutor": "from concurrent.futures import ThreadPoolExecutor",
+    "gc": "import gc",
     "lru_cache": "from functools import lru_cache",
+    "math": "import math",
     "nn": "from torch import nn",
     "torch": "import torch",
 }
 
 
-class Code(Roles):
+class Code(Loop):
     """One Python file under edit; `text` is what has become of it."""
 
     # --- changing expressions -----------------------------------------------------------------
 
     def replace_calls(
-        self, callees: Collection[str], new: Callable[[list[str]], str | None]
+        self,
+        callees: Collection[str],
+        new: Callable[[list[str]], str | None],
+        within: Method | None = None,
     ) -> int:
         """Replace every call of these by an expression built from its arguments' sources.
 
-        Keyword arguments are left out. Returns how many calls were replaced; `new` returns None
-        for one that shall stay.
+        Keyword arguments are left out. Returns how many calls were replaced, in the file or in
+        one method; `new` returns None for one that shall stay.
         """
         count = 0
 
@@ -74,7 +78,7 @@ class Code(Roles):
                     return cst.parse_expression(expression)
             return node
 
-        self._change(change)
+        self._change(change, within=self._method(within) if within else None)
         return count
 
     def wrap_arguments(self, callee: str, names: Sequence[str], wrap: Callable[[str], str]) -> int:
@@ -212,17 +216,6 @@ class Code(Roles):
 
     # --- changing statements ------------------------------------------------------------------
 
-    def drop_attribute(self, class_name: str, attribute: str) -> None:
-        """Remove the assignment of `self.attribute` from a class's `__init__`."""
-
-        def change(_: cst.CSTNode, node: cst.CSTNode) -> Changed:
-            target = sole_target(node)
-            if isinstance(target, cst.Attribute) and is_self(target.value):
-                return cst.RemoveFromParent() if target.attr.value == attribute else node
-            return node
-
-        self._change(change, within=self._method((class_name, "__init__")))
-
     def drop_class_if_unused(self, name: str) -> None:
         """Remove a top-level class that nothing in the file refers to any more."""
         body = list(self._module.body)
@@ -278,18 +271,9 @@ class Code(Roles):
 
     def insert_before(self, name: str, source: str) -> None:
         """Add top-level definitions before the class or function of this name."""
-        gap = [cst.EmptyLine(), cst.EmptyLine()]
-        new = [statement.with_changes(leading_lines=gap) for statement in statements(source)]
         for position, node in enumerate(self._module.body):
             if is_definition(node, name):
-                if has_comment(node):
-                    # A heading above the definition is one for what is put before it, too.
-                    heading = cast(cst.FunctionDef | cst.ClassDef, node).leading_lines
-                    new[0] = new[0].with_changes(leading_lines=heading)
-                    node = cast(cst.FunctionDef, node).with_changes(leading_lines=gap)
-                body = list(self._module.body)
-                body[position : position + 1] = [*new, node]
-                self._module = self._module.with_changes(body=body)
+                self._define_at(position, source)
                 return
         raise does_not_apply(f"{self.path} defines no {name}")
 
@@ -311,13 +295,3 @@ class Code(Roles):
             return node
 
         self._change(change, within=self._method(method))
-
-    def _change(self, change: Change, within: cst.CSTNode | None = None) -> None:
-        if within is None:
-            self._module = cast(cst.Module, changed(self._module, change))
-        else:
-            self._swap(within, cast(cst.CSTNode, changed(within, change)))
-
-    def _swap(self, old: cst.CSTNode, new: cst.CSTNode) -> None:
-        swapped = changed(self._module, lambda before, after: new if before is old else after)
-        self._module = cast(cst.Module, swapped)

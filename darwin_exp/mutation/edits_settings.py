@@ -61,6 +61,17 @@ class _Chosen(SettingsEdit):
         settings[self.key] = parameters["value"]
 
 
+class _Switched(SettingsEdit):
+    """Sets one value, always the same."""
+
+    key: ClassVar[str]
+    value: ClassVar[Any]
+
+    def change(self, settings: Settings, parameters: Parameters) -> None:
+        settings[self.key]  # a trainer without this setting would refuse it
+        settings[self.key] = self.value
+
+
 class HigherRate(_Scaled):
     name = "higher_rate"
     about = "peak rate"
@@ -115,6 +126,31 @@ class SmallerBatch(_Scaled):
     key, factors, least, most = "batch_size", (0.5, 0.67, 0.8), 1, 4096
 
 
+class Accumulation(SettingsEdit):
+    """Source: nanoGPT, which sums up gradients where a batch does not fit."""
+
+    name = "accumulation"
+    about = "batch"
+    title = "gradients of several batches a step"
+    why = "Small pieces stay in the processor's cache; more of them quieten the gradient."
+    hope = "faster steps of the same size, or fewer and calmer ones"
+    repeatable = True
+
+    def draw(self, genome: Genome, rng: Random) -> dict[str, Any]:
+        return {"factor": 2, "same_tokens": rng.choice([True, False])}
+
+    def change(self, settings: Settings, parameters: Parameters) -> None:
+        factor, batch = int(parameters["factor"]), settings["batch_size"]
+        if settings["accumulation_steps"] * factor > 1024:
+            raise does_not_apply(f"{self.name}: a step would take too many batches")
+        if parameters["same_tokens"]:
+            batch, rest = divmod(batch, factor)
+            if rest or not batch:
+                raise does_not_apply(f"{self.name}: the batch cannot be cut into {factor}")
+        settings["accumulation_steps"] *= factor
+        settings["batch_size"] = batch
+
+
 class Betas(SettingsEdit):
     name = "betas"
     about = "betas"
@@ -161,7 +197,7 @@ class Clip(_Chosen):
     key, choices = "gradient_clip", (0.3, 0.5, 1.0, 2.0, 5.0)
 
 
-class UntiedHead(SettingsEdit):
+class UntiedHead(_Switched):
     name = "untied_head"
     about = "head"
     title = "untied output head"
@@ -169,22 +205,16 @@ class UntiedHead(SettingsEdit):
         "Reading and predicting tokens are different jobs; with few tokens two matrices are cheap."
     )
     hope = "lower loss for hardly more work"
-
-    def change(self, settings: Settings, parameters: Parameters) -> None:
-        settings["tied_head"]
-        settings["tied_head"] = False
+    key, value = "tied_head", False
 
 
-class BFloat16(SettingsEdit):
+class BFloat16(_Switched):
     name = "bfloat16"
     about = "precision"
     title = "bfloat16 autocast"
     why = "Processors with bfloat16 units multiply matrices several times faster in it."
     hope = "more steps within the budget, on the right processor"
-
-    def change(self, settings: Settings, parameters: Parameters) -> None:
-        settings["precision"]
-        settings["precision"] = "bfloat16"
+    key, value = "precision", "bfloat16"
 
 
 class _Reshaped(SettingsEdit):
@@ -248,6 +278,7 @@ SETTINGS_EDITS: tuple[BuiltInEdit, ...] = (
     FinalRate(),
     LargerBatch(),
     SmallerBatch(),
+    Accumulation(),
     Betas(),
     WeightDecay(),
     Clip(),

@@ -1,143 +1,143 @@
-"""Built-in edits of the training loop: how the rate falls, and what makes a step.
+"""Built-in edits of the training loop: the loss, what is saved, and the host's own work.
 
-Each rewrites train.py only and leaves the job file, the checkpoints and the seed alone.
+Those of the schedule, the optimizer and the batches have modules of their own and are listed
+here with the others. All rewrite train.py only and leave the job file and the seed alone.
 """
 
 from __future__ import annotations
 
-from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
-from darwin_exp.individual import Genome
-from darwin_exp.mutation.builtin import BuiltInEdit, CodeEdit, Parameters, does_not_apply
+from darwin_exp.mutation.builtin import BuiltInEdit, Parameters, does_not_apply
+from darwin_exp.mutation.edits_data import DATA_EDITS
+from darwin_exp.mutation.edits_optimizer import OPTIMIZER_EDITS
+from darwin_exp.mutation.edits_schedule import SCHEDULE_EDITS
+from darwin_exp.mutation.training import TrainingEdit
 
 if TYPE_CHECKING:
     from darwin_exp.mutation.code import Code
 
 
-class TrainingEdit(CodeEdit):
-    """A rewrite of train.py."""
+class ZLoss(TrainingEdit):
+    """Source: Chowdhery et al. 2022, "PaLM: Scaling Language Modeling with Pathways"."""
 
-    file = "train.py"
-
-
-class Trapezoid(TrainingEdit):
-    """Source: Zhai et al. 2022, "Scaling Vision Transformers"; Hu et al. 2024, "MiniCPM"."""
-
-    name = "trapezoid"
-    about = "schedule"
-    title = "flat rate with a linear cool-down"
-    why = "Holding the peak rate and cooling down late learns more from a short budget."
-    hope = "lower final loss"
-
-    def draw(self, genome: Genome, rng: Random) -> dict[str, Any]:
-        return {"cooldown": rng.choice([0.3, 0.5, 0.7, 1.0])}
+    name = "z_loss"
+    about = "loss"
+    title = "z-loss"
+    why = "A small pull on the softmax's normaliser keeps logits from drifting at high rates."
+    hope = "steadier training at high rates"
+    choices: ClassVar = {"weight": (1e-5, 1e-4, 1e-3)}
 
     def rewrite(self, code: Code, parameters: Parameters) -> None:
-        cooldown = float(parameters["cooldown"])
-        shape = f"min(1.0, (1.0 - {{}}) / {cooldown})" if cooldown < 1 else "(1.0 - {})"
-        if not code.replace_half_cosine(lambda progress: shape.format(progress)):
-            raise does_not_apply(f"{self.name}: the schedule holds no half cosine")
-        code.reword("half a cosine down", self._shape(parameters))
-
-    def describe(self, genome: Genome, parameters: Parameters) -> str:
-        return f"schedule: {self._shape(parameters)}"
-
-    def _shape(self, parameters: Parameters) -> str:
-        cooldown = float(parameters["cooldown"])
-        if cooldown >= 1:
-            return "a straight line down"
-        return f"a plateau and a straight line down over the last {cooldown:.0%}"
-
-
-class Muon(TrainingEdit):
-    """Source: Jordan et al. 2024, "Muon"; the update's scale is Liu et al.'s (2025)."""
-
-    name = "muon"
-    about = "optimizer"
-    title = "Muon for hidden matrices"
-    why = "Orthogonal updates use every direction of a matrix, so each step learns more."
-    hope = "much lower loss a step, slightly slower steps"
-
-    def draw(self, genome: Genome, rng: Random) -> dict[str, Any]:
-        return {
-            "momentum": rng.choice([0.9, 0.95]),
-            "iterations": rng.choice([3, 5]),
-            "precision": rng.choice(["float32", "bfloat16"]),
-        }
-
-    def rewrite(self, code: Code, parameters: Parameters) -> None:
-        precision = parameters["precision"]
-        if precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision cannot be {precision!r}")
-        source = _MUON.format(
-            precision=precision,
-            momentum=float(parameters["momentum"]),
-            iterations=int(parameters["iterations"]),
-        )
-        if code.defines("Muon"):
+        weight = float(parameters["weight"])
+        if code.defines("cross_entropy_and_z_loss"):
             raise does_not_apply(f"{self.name}: there already")
-        model = code.receiver_of("parameters") or code.receiver_of("named_parameters")
-        where = code.top_level_definition_calling("AdamW")
-        if model is None or where is None:
-            raise does_not_apply(f"{self.name}: no function builds an AdamW of a model")
-        code.redirect_calls("AdamW", "Muon", first_argument=model)
-        code.need("torch", "nn")
-        code.insert_before(where, source)
-        code.reword("Build AdamW with decay", "Build Muon with decay")
+        if not code.call_instead(["cross_entropy"], "cross_entropy_and_z_loss"):
+            raise does_not_apply(f"{self.name}: no cross-entropy is computed")
+        code.define_before_use("cross_entropy_and_z_loss", _Z_LOSS.format(weight=weight))
+        code.need("F", "torch")
+        code.reword("the mean cross-entropy in nats", "the mean cross-entropy and z-loss in nats")
 
 
-_MUON = '''
-def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """Return the nearest matrices with orthonormal rows or columns, roughly; (N, rows, columns)."""
-    X = matrices.to(torch.{precision})
-    if tall := X.size(-2) > X.size(-1):
-        X = X.mT
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range({iterations}):
-        # A quintic polynomial that pushes all singular values of X towards 1.
-        A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
-        X = torch.baddbmm(X, B, X, beta=3.4445)
-    return (X.mT if tall else X).to(matrices.dtype)
-
-
-class Muon(torch.optim.AdamW):
-    """Moves hidden matrices by their orthogonalised momentum, and all else as AdamW does."""
-
-    def __init__(self, model: nn.Module, groups: object, **options: object) -> None:
-        super().__init__(groups, **options)
-        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-        vocabulary = embeddings[0].num_embeddings if embeddings else None
-        hidden = [linear.weight for linear in linears if linear.out_features != vocabulary]
-        # Matrices of one shape share their products: many small ones take longer than one large.
-        self.stacks: dict[torch.Size, list[nn.Parameter]] = {{}}
-        for weight in hidden:
-            self.stacks.setdefault(weight.shape, []).append(weight)
-        self.momenta = {{
-            shape: torch.zeros(len(stack), *shape, device=stack[0].device)
-            for shape, stack in self.stacks.items()
-        }}
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        group = self.param_groups[0]
-        for shape, stack in self.stacks.items():
-            if any(weight.grad is None for weight in stack):
-                continue
-            gradients = torch.stack([weight.grad for weight in stack])
-            momentum = self.momenta[shape].lerp_(gradients, 1 - {momentum})
-            updates = orthogonal(gradients.lerp_(momentum, {momentum}))
-            # This factor gives an update the size of AdamW's, so that both share one rate.
-            rate = group["lr"] * 0.2 * max(shape) ** 0.5
-            for weight, update in zip(stack, updates, strict=True):
-                weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)
-                weight.grad = None  # so that AdamW leaves it alone
-        super().step(closure)
+_Z_LOSS = '''
+def cross_entropy_and_z_loss(
+    input: torch.Tensor, target: torch.Tensor, **options: object
+) -> torch.Tensor:
+    """Return the cross-entropy of logits (N, V) plus a pull of their normaliser towards 1."""
+    log_normaliser = input.logsumexp(dim=-1)  # (N,)
+    return F.cross_entropy(input, target, **options) + {weight} * log_normaliser.square().mean()
 '''
 
+
+class AverageAtSave(TrainingEdit):
+    """Source: the power-law average of Karras et al. 2024, "Analyzing and Improving the Training
+    Dynamics of Diffusion Models"; averaging weights is Polyak and Juditsky's (1992).
+    """
+
+    name = "ema_at_save"
+    about = "saved weights"
+    title = "a moving average of the weights is saved"
+    why = "An average over the last steps lies lower in the valley that single steps cross."
+    hope = "lower held-out loss, most of all with rates that stay high"
+    choices: ClassVar = {"power": (8, 16, 32, 64)}
+
+    def rewrite(self, code: Code, parameters: Parameters) -> None:
+        power = int(parameters["power"])
+        model, optimizer = code.made_from("build_model"), code.optimizer()
+        if code.defines("WeightAverage"):
+            raise does_not_apply(f"{self.name}: there already")
+        if not code.replace_arguments("save_file", 0, lambda x: f"weight_average.over({x})"):
+            raise does_not_apply(f"{self.name}: cannot tell where weights are saved")
+        code.after_making(optimizer, f"weight_average = WeightAverage({model})")
+        code.beside_step(after="weight_average.update()")
+        code.define_before_making(optimizer, _WEIGHT_AVERAGE.format(power=power))
+        code.need("nn", "torch")
+
+
+_WEIGHT_AVERAGE = '''
+class WeightAverage:
+    """Averages the weights over all steps t with weights that grow like t to the power {power}.
+
+    So it reaches back over the same share of a run however long the run is, needs no correction
+    at the start, and after the first step is what that step left.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.weights = dict(model.named_parameters())
+        self.averages = {{name: w.detach().clone() for name, w in self.weights.items()}}
+        self.steps = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.steps += 1
+        share = 1 - (1 - 1 / self.steps) ** ({power} + 1)
+        torch._foreach_lerp_(list(self.averages.values()), list(self.weights.values()), share)
+
+    def over(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return a state with the averages in the place of the weights."""
+        return {{**state, **self.averages}}
+'''
+
+
+class FewerHostSyncs(TrainingEdit):
+    """Source: Karpathy's nanochat for the garbage collector."""
+
+    name = "fewer_host_syncs"
+    about = "host work"
+    title = "less work for the host"
+    why = "Python's collector and one call a tensor in the clip cost time in every step."
+    hope = "slightly more steps within the budget"
+
+    def rewrite(self, code: Code, parameters: Parameters) -> None:
+        if code.uses("freeze"):
+            raise does_not_apply(f"{self.name}: there already")
+        code.before_training(
+            "# A step leaves no cycles behind, so the collector would only search in vain.\n"
+            "gc.freeze()\ngc.disable()"
+        )
+        if code.call_instead(["clip_grad_norm_"], "clip_together"):
+            code.define_before_use("clip_together", _CLIP_TOGETHER)
+        code.need("gc", "torch")
+
+
+_CLIP_TOGETHER = '''
+@torch.no_grad()
+def clip_together(
+    parameters: list[torch.nn.Parameter], max_norm: float, **options: object
+) -> torch.Tensor:
+    """Shorten the gradient to a norm, with two calls for all tensors; return the norm it had."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+'''
+
+
 TRAINING_EDITS: tuple[BuiltInEdit, ...] = (
-    Trapezoid(),
-    Muon(),
+    *SCHEDULE_EDITS,
+    *OPTIMIZER_EDITS,
+    *DATA_EDITS,
+    ZLoss(),
+    AverageAtSave(),
+    FewerHostSyncs(),
 )

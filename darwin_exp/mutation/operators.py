@@ -26,8 +26,9 @@ EDITS: dict[str, BuiltInEdit] = {
     edit.name: edit for edit in (*SETTINGS_EDITS, *MODEL_EDITS, *TRAINING_EDITS)
 }
 
-EXPLORATION = 0.3  # share of all draws that is spread evenly, whatever was learnt
-LARGEST_Z = 3.0  # one lucky or unlucky outcome counts no more than this
+EXPLORATION = 0.15  # share of all draws that is spread evenly, whatever was learnt
+BOLDNESS = 2.0  # how steeply weights follow what was learnt
+LARGEST_Z = 6.0  # one lucky or unlucky outcome counts no more than this
 FAILURE_Z = -2.0  # what a candidate that could not be scored counts as
 
 # Says nothing about the edit: our own fault, code seen before, or a fault of the evaluator.
@@ -37,14 +38,23 @@ _NO_EVIDENCE = frozenset({Status.INFRA_LOST, Status.DUPLICATE, Status.QUARANTINE
 def edit_weights(names: Iterable[str], lessons: Sequence[Lesson]) -> dict[str, float]:
     """Return how likely each edit is to be drawn, given what was learnt; the weights sum to 1.
 
-    The rule: every lesson whose new edits contain an edit is evidence on it, worth 1/k where it
-    holds k edits, because nobody knows which of them did it. What it says is its z-score (effect
-    over the noise floor), bounded to [-3, 3]; a candidate that could not be scored says -2; one
-    that was lost by our own fault, a duplicate, or an unmeasured effect says nothing. An edit's
-    score is the weighted sum of these over (1 + the sum of the weights): a mean drawn towards 0,
-    so that one lucky draw does not settle the matter and an untried edit stays at 0. Weights are
-    proportional to exp(score), mixed with 30 % of uniform draws: no edit's share ever falls
-    below 0.3/n, and with no lessons all are equal.
+    The rule, whole: with no lessons (at first, and always with memory=off) all edits are equal.
+    Every lesson whose new edits contain an edit is evidence on it, worth 1/k where it holds k new
+    edits, because nobody knows which of them did it. What it says is its z-score (effect over the
+    noise floor), bounded to [-6, 6]; a candidate that could not be scored says -2; one that was
+    lost by our own fault, a duplicate, or an unmeasured effect says nothing. With n the sum of an
+    edit's evidence, its score is
+
+        sum(evidence x z) / (1 + n)  +  1 / sqrt(1 + n)
+
+    The first term is a mean drawn towards 0, so that one lucky draw does not settle the matter;
+    the second keeps what was tried little worth trying (an upper confidence bound). Weights are
+    proportional to exp(2 x score), mixed with 15 % of even draws: no edit's share ever falls below
+    0.15 / the number of edits.
+
+    Source: the optimism in the face of uncertainty of Auer, Cesa-Bianchi and Fischer 2002,
+    "Finite-time Analysis of the Multiarmed Bandit Problem"; the mixture with even draws is that of
+    EXP3 (Auer et al. 2002).
     """
     names = sorted(set(names))
     evidence: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
@@ -54,14 +64,17 @@ def edit_weights(names: Iterable[str], lessons: Sequence[Lesson]) -> dict[str, f
         for name in tried & evidence.keys():
             if z_score is not None:
                 evidence[name].append((1 / len(lesson.edits), z_score))
-    force = {
-        name: math.exp(math.fsum(w * z for w, z in seen) / (1 + math.fsum(w for w, _ in seen)))
-        for name, seen in evidence.items()
-    }
+    force = {name: math.exp(BOLDNESS * _score(seen)) for name, seen in evidence.items()}
     total = math.fsum(force.values())
     return {
         name: EXPLORATION / len(names) + (1 - EXPLORATION) * force[name] / total for name in names
     }
+
+
+def _score(seen: Sequence[tuple[float, float]]) -> float:
+    """Return an edit's score from (evidence, z) pairs; see `edit_weights`."""
+    n = math.fsum(weight for weight, _ in seen)
+    return math.fsum(weight * z for weight, z in seen) / (1 + n) + 1 / math.sqrt(1 + n)
 
 
 def _what_it_says(lesson: Lesson) -> float | None:
@@ -99,16 +112,28 @@ class Operators:
     Args:
         edits_per_child: fewest and most new edits drawn for a child.
         max_drafts: how often the evolution may ask again after it turned a draft down.
+        only: draw from these alone, each the name of an edit or what edits are about; all if empty.
+        without: never draw these, named in the same way.
     """
 
     trusted: ClassVar[bool] = True
 
-    def __init__(self, edits_per_child: tuple[int, int] = (1, 2), max_drafts: int = 8) -> None:
+    def __init__(
+        self,
+        edits_per_child: tuple[int, int] = (1, 2),
+        max_drafts: int = 8,
+        only: Sequence[str] = (),
+        without: Sequence[str] = (),
+    ) -> None:
         fewest, most = edits_per_child
         if not 1 <= fewest <= most:
             raise ValueError(f"mutator.edits_per_child: needs 1 <= {fewest} <= {most}")
         self.edits_per_child = (fewest, most)
         self.max_drafts = max_drafts
+        wanted = _named("only", only) if only else set(EDITS)
+        self.names = tuple(name for name in EDITS if name in wanted - _named("without", without))
+        if not self.names:
+            raise ValueError("mutator.only and mutator.without leave no edit to draw")
 
     def propose(self, request: EditRequest, rng: Random) -> Proposal:
         """Draw edits for the parent, or merge the mate's into it where there is a mate.
@@ -166,8 +191,8 @@ class Operators:
         wanted = len(draft.new) + (wanted if most is None else min(wanted, most))
         done = {edit.operator for edit in (*request.parent.edits, *draft.new)}
         touched = {EDITS[e.operator].about for e in (*draft.new, *avoid) if e.operator in EDITS}
-        weights = edit_weights(EDITS, request.lessons)
-        pool = [name for name in EDITS if EDITS[name].repeatable or name not in done]
+        weights = edit_weights(self.names, request.lessons)
+        pool = [name for name in self.names if EDITS[name].repeatable or name not in done]
         while len(draft.new) < wanted:
             pool = [name for name in pool if EDITS[name].about not in touched]
             if not pool:
@@ -186,6 +211,46 @@ class Operators:
                 Reason.NOTHING_TO_EDIT, "none of the built-in edits fits this parent's code"
             )
         return draft
+
+
+def reapply(genome: Genome, edits: Iterable[Edit]) -> tuple[Genome, list[Edit]]:
+    """Make recorded built-in edits again, in order; return the genome and those that did not fit.
+
+    An edit that is not built in never fits.
+    """
+    left_out = []
+    for line in edits:
+        try:
+            genome = _built_in(line).apply(genome, line.parameters)
+        except EditFailed:
+            left_out.append(line)
+    return genome, left_out
+
+
+def _named(key: str, names: Iterable[str]) -> set[str]:
+    """Return the edits that are called by these names, or that are about these things.
+
+    Raises:
+        ValueError: a name is neither.
+    """
+    found: set[str] = set()
+    for name in names:
+        meant = {edit.name for edit in EDITS.values() if name in (edit.name, edit.about)}
+        if not meant:
+            topics = sorted({edit.about for edit in EDITS.values()})
+            raise ValueError(
+                f"mutator.{key}: {name!r} is neither an edit ({', '.join(EDITS)}) nor what one is "
+                f"about ({', '.join(topics)})"
+            )
+        found |= meant
+    return found
+
+
+def _built_in(line: Edit) -> BuiltInEdit:
+    edit = EDITS.get(line.operator)
+    if edit is None:
+        raise EditFailed(Reason.DOES_NOT_APPLY, f"{line.operator} is not built in")
+    return edit
 
 
 def _merge(
@@ -225,11 +290,8 @@ def _reapply(draft: _Draft, edits: Iterable[Edit]) -> tuple[_Draft, list[str]]:
     """Make recorded edits again; return the draft and a note for each that no longer fits."""
     notes = []
     for line in edits:
-        edit = EDITS.get(line.operator)
         try:
-            if edit is None:
-                raise EditFailed(Reason.DOES_NOT_APPLY, f"{line.operator} is not built in")
-            draft = draft.then(edit, line)
+            draft = draft.then(_built_in(line), line)
         except EditFailed:
             notes.append(f"left out {_title(line)}")
     return draft, notes

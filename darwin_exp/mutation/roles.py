@@ -10,19 +10,34 @@ Never: runs the code.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import cast
+
 import libcst as cst
 
 from darwin_exp.mutation.builtin import does_not_apply
 from darwin_exp.mutation.syntax import (
+    argument_of,
+    bare_names,
     calls,
     has_argument,
+    is_product,
     is_self,
     last_name,
+    own_attribute,
     own_call,
+    sole_target,
+    source_of,
     walk,
 )
 
 Method = tuple[str, str]  # class, method
+
+
+@lru_cache(maxsize=32)
+def _parsed(text: str) -> cst.Module:
+    """Parse a file; many edits begin from the same text, and a tree is never changed in place."""
+    return cst.parse_module(text)
 
 
 class Roles:
@@ -39,7 +54,7 @@ class Roles:
     def __init__(self, text: str, path: str) -> None:
         self.path = path
         try:
-            self._module = cst.parse_module(text)
+            self._module = _parsed(text)
         except cst.ParserSyntaxError as error:
             raise does_not_apply(f"{path} does not parse: {error.message}") from error
 
@@ -133,6 +148,134 @@ class Roles:
                 return node.name.value
         return None
 
+    # --- layers: attributes that `__init__` makes and a method calls ---------------------------
+
+    def branch_classes(self) -> dict[str, str]:
+        """Return the parts of a block (attention, the MLP), each with its last linear layer."""
+        model = self.model_class()
+        return {
+            name: linear
+            for name in self.classes_calling("Linear")
+            if name != model and (linear := self.last_linear(name)) is not None
+        }
+
+    def made_with(self, class_name: str, attribute: str, position: int, keyword: str) -> str | None:
+        """Return an argument's source in `self.attribute = X(...)`, or None if there is no such."""
+        call = self._made(class_name, attribute)
+        argument = call and argument_of(call, position, keyword)
+        return source_of(argument.value) if argument else None
+
+    def assigned_first(self, class_name: str, first: str, second: str) -> bool:
+        """Return whether `__init__` assigns `self.first` before it assigns `self.second`."""
+        order = [
+            own_attribute(node)
+            for node in map(sole_target, walk(self._method((class_name, "__init__"))))
+            if node is not None
+        ]
+        return first in order and second in order and order.index(first) < order.index(second)
+
+    def own_arguments_of(self, method: Method, *callees: str) -> list[str]:
+        """Return X of every `self.X` that a method passes to calls of these."""
+        return [
+            attribute
+            for call in calls(self._method(method), callees)
+            for argument in call.args
+            if (attribute := own_attribute(argument.value)) is not None
+        ]
+
+    def layers_behind(self, method: Method, variable: str) -> set[str]:
+        """Return X of all calls `self.X(...)` that a method's variable was computed with."""
+        lines = self._lines_behind(method, {variable})
+        return {layer for line in lines for layer in map(own_call, walk(line)) if layer is not None}
+
+    def layer_around(self, method: Method, attribute: str) -> str:
+        """Return the outermost X of `self.X(self.Y(self.attribute(...)))`; it may be itself."""
+        for node in walk(self._method(method)):
+            outer = own_call(node)
+            if outer is not None and attribute in (
+                own_call(argument.value) for argument in cast(cst.Call, node).args
+            ):
+                return self.layer_around(method, outer)
+        return attribute
+
+    def computes_layer_from(self, method: Method, attribute: str, variable: str) -> bool:
+        """Return whether a call `self.attribute(...)` is passed what a variable holds.
+
+        What is computed from the variable counts, too; its shape or device alone does not.
+        """
+        given = {
+            name
+            for node in walk(self._method(method))
+            if own_call(node) == attribute
+            for name in bare_names(node)
+        }
+        behind = {name for line in self._lines_behind(method, given) for name in bare_names(line)}
+        return variable in given | behind
+
+    @staticmethod
+    def numbered_product(source: str) -> tuple[str, int, str] | None:
+        """Return the first product with a whole number in an expression, as (all, number, rest)."""
+        for node in walk(cst.parse_expression(source)):
+            if is_product(node):
+                for number, rest in ((node.left, node.right), (node.right, node.left)):
+                    if isinstance(number, cst.Integer):
+                        return source_of(node), number.evaluated_value, source_of(rest)
+        return None
+
+    def keyword_of(self, callee: str, keyword: str) -> str | None:
+        """Return what the first call of `callee` passes by keyword, as source."""
+        for call in calls(self._module, [callee]):
+            argument = argument_of(call, len(call.args), keyword)
+            return source_of(argument.value) if argument else None
+        return None
+
+    def loop_over(self, method: Method, attribute: str) -> tuple[str, str] | None:
+        """Return the names (x, item) of a loop `for item in self.attribute: x = item(x)`."""
+        loop = self._loop(method, attribute)
+        names = loop and [n.value for n in walk(loop.target) if isinstance(n, cst.Name)]
+        for line in walk(loop.body) if loop and names else ():
+            target = sole_target(line)
+            if isinstance(target, cst.Name):
+                for call in calls(line, names or ()):
+                    if call.args and source_of(call.args[0].value) == target.value:
+                        return target.value, source_of(call.func)
+        return None
+
+    # --- the tree -----------------------------------------------------------------------------
+
+    def _lines_behind(self, method: Method, names: set[str]) -> list[cst.CSTNode]:
+        """Return the lines of a method in which these variables, or those they need, are set."""
+        lines = [
+            (node, {source_of(part) for part in _unpacked(target)})
+            for node in walk(self._method(method))
+            if (target := sole_target(node)) is not None
+        ]
+        seen, waiting, found = set[str](), set(names), list[cst.CSTNode]()
+        while waiting - seen:
+            name = (waiting - seen).pop()
+            seen.add(name)
+            for line, targets in lines:
+                if name in targets:
+                    found.append(line)
+                    waiting |= bare_names(line)
+        return found
+
+    def _made(self, class_name: str, attribute: str) -> cst.Call | None:
+        """Return the call in `self.attribute = X(...)`."""
+        for node in walk(self._method((class_name, "__init__"))):
+            target = sole_target(node)
+            if target is not None and own_attribute(target) == attribute:
+                (statement,) = cast(cst.SimpleStatementLine, node).body
+                value = cast(cst.Assign | cst.AnnAssign, statement).value
+                return value if isinstance(value, cst.Call) else None
+        return None
+
+    def _loop(self, method: Method, attribute: str) -> cst.For | None:
+        for node in walk(self._method(method)):
+            if isinstance(node, cst.For) and attribute in map(own_attribute, walk(node.iter)):
+                return node
+        return None
+
     def _has_method(self, *methods: Method) -> bool:
         wanted = set(methods)
         for node in self._module.body:
@@ -150,3 +293,9 @@ class Roles:
                     if isinstance(member, cst.FunctionDef) and member.name.value == name:
                         return member
         raise does_not_apply(f"{self.path}: {class_name} has no {name}")
+
+
+def _unpacked(target: cst.BaseExpression) -> list[cst.BaseExpression]:
+    if isinstance(target, cst.Tuple | cst.List):
+        return [element.value for element in target.elements]
+    return [target]

@@ -87,6 +87,11 @@ def is_self(node: cst.CSTNode) -> bool:
     return isinstance(node, cst.Name) and node.value == "self"
 
 
+def own_attribute(node: cst.CSTNode) -> str | None:
+    """Return X if a node is `self.X`."""
+    return node.attr.value if isinstance(node, cst.Attribute) and is_self(node.value) else None
+
+
 def own_call(node: cst.CSTNode) -> str | None:
     """Return X if a node is a call `self.X(...)`."""
     if isinstance(node, cst.Call) and isinstance(node.func, cst.Attribute):
@@ -99,6 +104,17 @@ def has_argument(node: cst.CSTNode, name: str) -> bool:
         isinstance(argument.value, cst.Name) and argument.value.value == name
         for argument in node.args
     )
+
+
+def argument_of(call: cst.Call, position: int, keyword: str) -> cst.Arg | None:
+    """Return the argument of a call that is passed by keyword or at a position."""
+    for index, argument in enumerate(call.args):
+        if argument.star:
+            return None
+        name = argument.keyword.value if argument.keyword else None
+        if name == keyword or (name is None and index == position):
+            return argument
+    return None
 
 
 def calls(root: cst.CSTNode, callees: Collection[str]) -> list[cst.Call]:
@@ -119,6 +135,13 @@ def sole_target(node: cst.CSTNode) -> cst.BaseExpression | None:
     if isinstance(statement, cst.Assign) and len(statement.targets) == 1:
         return statement.targets[0].target
     return None
+
+
+def is_docstring(node: cst.CSTNode) -> bool:
+    return isinstance(node, cst.SimpleStatementLine) and (
+        isinstance(expression := node.body[0], cst.Expr)
+        and isinstance(expression.value, cst.SimpleString | cst.ConcatenatedString)
+    )
 
 
 def is_definition(node: cst.CSTNode, name: str) -> bool:
@@ -162,6 +185,28 @@ def is_product(node: cst.CSTNode) -> TypeGuard[cst.BinaryOperation]:
 
 def is_number(node: cst.CSTNode, value: float) -> bool:
     return isinstance(node, cst.Integer | cst.Float) and node.evaluated_value == value
+
+
+def normalised_branch(node: cst.CSTNode) -> tuple[str, str, str] | None:
+    """Return (x, branch, norm) if a node is `x + self.branch(self.norm(x))`."""
+    if not (isinstance(node, cst.BinaryOperation) and isinstance(node.operator, cst.Add)):
+        return None
+    x, outer = node.left, node.right
+    if not (isinstance(x, cst.Name) and isinstance(outer, cst.Call) and len(outer.args) == 1):
+        return None
+    inner = outer.args[0].value
+    branch, norm = own_call(outer), own_call(inner)
+    if branch is None or norm is None or not has_argument(inner, x.value):
+        return None
+    return x.value, branch, norm
+
+
+def bare_names(node: cst.CSTNode) -> set[str]:
+    """Return the names that stand for themselves below a node: x of `x[0]`, not of `x.shape`."""
+    below = walk(node)
+    owners = {id(n.value) for n in below if isinstance(n, cst.Attribute)}
+    parts = {id(n.attr) for n in below if isinstance(n, cst.Attribute)}
+    return {n.value for n in below if isinstance(n, cst.Name) and id(n) not in owners | parts}
 
 
 def statements(source: str) -> list[cst.SimpleStatementLine | cst.BaseCompoundStatement]:

@@ -18,9 +18,22 @@ from pathlib import Path
 from darwin_exp.protocols import Event
 from darwin_exp.tracking.outbox import Outbox
 from darwin_exp.tracking.projection import Projection
-from darwin_exp.tracking.store import EvolutionRuns, initialise_store
+from darwin_exp.tracking.store import EvolutionRuns, SweepParent, initialise_store
+from darwin_exp.tracking.sweeps import SweepRecord, publish_sweep
 
-__all__ = ["MlflowTracker", "NullTracker", "initialise_store"]
+__all__ = [
+    "MlflowTracker",
+    "NullTracker",
+    "SweepRecord",
+    "initialise_store",
+    "publish_sweep",
+    "store_of",
+]
+
+
+def store_of(runs: Path) -> str:
+    """Return the address of the store that the runs of a folder share."""
+    return f"sqlite:///{runs / 'mlflow.sqlite'}"
 
 
 class NullTracker:
@@ -52,6 +65,7 @@ class MlflowTracker(Outbox):
         parent_tags: Mapping[str, str] | None = None,
         cursor: Path | None = None,
         sweep_id: str | None = None,
+        sweep_tags: Mapping[str, str] | None = None,
     ) -> None:
         """Start delivering; mlflow is imported and the store opened at once, in the background.
 
@@ -63,10 +77,11 @@ class MlflowTracker(Outbox):
             parent_tags: further tags of the evolution's run.
             cursor: where delivery is recorded; `tracking.json` in the run folder if None.
             sweep_id: the sweep whose run becomes the parent of this evolution's run.
+            sweep_tags: tags of the sweep's run, from the process that works at the sweep; None
+                from one that resumes a single run of it.
         """
-        self._runs = EvolutionRuns(
-            store_uri, artifact_folder, experiment, run_folder.name, sweep_id
-        )
+        sweep = None if sweep_id is None else SweepParent(sweep_id, sweep_tags)
+        self._runs = EvolutionRuns(store_uri, artifact_folder, experiment, run_folder.name, sweep)
         projection = Projection(self._runs, run_folder, dict(parent_tags or {}))
         cursor = cursor or run_folder / "tracking.json"
         super().__init__(self._runs, projection.deliver, cursor, store_uri)

@@ -28,7 +28,8 @@ change that made it, its log and what the trusted evaluator measured.
 
 - `best_val_perplexity`, `mean_val_perplexity` by generation (step): lower is better.
 - `best_mfu`, `mean_mfu`: share of the machine's peak that the training used, 0 to 1.
-- `claim_*`: the closing comparison of the base with the selected agent, on fresh seeds.
+- `claim_*`, `equal_steps_*`: the closing comparison of the base with the selected agent, on fresh
+  seeds: by the clock, and after the same number of optimizer steps.
 - `plots/` shows every agent; nested runs carry `status`, `parent_ids` and `editor_id` as tags.
 """
 
@@ -55,6 +56,7 @@ class Projection:
             "generation": self._on_generation,
             "job": self._on_job,
             "claim": self._on_claim,
+            "equal_steps": self._on_claim,
             "end": self._on_end,
         }
 
@@ -87,9 +89,9 @@ class Projection:
             "mlflow.source.type": "LOCAL",
             **self._parent_tags,
         }
-        if self._runs.sweep_run is not None:
+        if self._runs.sweep is not None and self._runs.sweep_run is not None:
             tags |= {
-                "darwin.sweep_id": self._runs.sweep_id,
+                "darwin.sweep_id": self._runs.sweep.sweep_id,
                 "mlflow.parentRunId": self._runs.sweep_run,
             }
         run = self._runs.run_for("", self._run_id, _milliseconds(event))
@@ -207,7 +209,8 @@ class Projection:
 
     def _on_claim(self, event: Event, history: Sequence[Event]) -> None:
         about = {name: value for name, value in event.payload.items() if name != "claim"}
-        flat = _flat({**about, **(event.payload.get("claim") or {})}, "claim_", separator="_")
+        claim = event.payload.get("claim") or {}
+        flat = _flat({**about, **claim}, f"{event.kind}_", separator="_")
         numbers = {key: value for key, value in flat.items() if finite(value) is not None}
         words = {key: value for key, value in flat.items() if key not in numbers}
         self._runs.log(
@@ -223,8 +226,6 @@ class Projection:
         self._plot(history)
         self._runs.upload(parent, self._run_folder, CLOSING_ARTIFACTS)
         self._runs.end(parent, END_STATUS.get(status, "FAILED"), end)
-        if self._runs.sweep_run is not None:
-            self._runs.end(self._runs.sweep_run, "FINISHED", end)
 
     def _plot(self, history: Sequence[Event]) -> None:
         def of_kind(kind: str) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ import re
 import sqlite3
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,25 @@ def initialise_store(store_uri: str) -> None:
     Raises:
         StoreUnavailable: the store cannot be written.
     """
-    client_class = _quiet_client_class()
-    with _alone(_sqlite_file(store_uri)):
-        _probe(_sqlite_file(store_uri))
-        client_class(store_uri)
+    writable_client(store_uri)
+
+
+@dataclass(frozen=True)
+class SweepParent:
+    """The run under which a sweep's evolutions stand.
+
+    Attributes:
+        tags: further tags of it; None where this process does not work at the sweep, and so has
+            no say in how it stands.
+    """
+
+    sweep_id: str
+    tags: Mapping[str, str] | None = None
+
+    @property
+    def condition(self) -> str:
+        """Return the search condition that finds it."""
+        return f"tags.`darwin.sweep_id` = '{self.sweep_id}' and tags.`darwin.role` = 'sweep'"
 
 
 class EvolutionRuns:
@@ -42,7 +58,7 @@ class EvolutionRuns:
 
     Attributes:
         known: MLflow's run ids by individual; "" is the evolution's own.
-        sweep_id: the sweep that the evolution belongs to, or None.
+        sweep: the sweep that the evolution belongs to, or None.
         sweep_run: MLflow's id of the sweep's run; None without a sweep.
     """
 
@@ -52,7 +68,7 @@ class EvolutionRuns:
         artifact_folder: Path,
         experiment: str,
         run_id: str,
-        sweep_id: str | None,
+        sweep: SweepParent | None,
     ) -> None:
         """Note where everything is; nothing is opened before `open`."""
         self._uri = store_uri
@@ -60,7 +76,7 @@ class EvolutionRuns:
         self._artifact_folder = artifact_folder
         self._experiment_name = f"darwin/{experiment}"
         self._run_id = run_id
-        self.sweep_id = sweep_id
+        self.sweep = sweep
         self._client: Any = None
         self._inode = self._n_replaced = 0
         self._experiment_id = ""
@@ -99,8 +115,8 @@ class EvolutionRuns:
             self._experiment_id = self._find_experiment(client)
             self._inode = self._inode_now()
             self._client = client
-            if self.sweep_id is not None:
-                self.sweep_run = self._find_sweep(self.sweep_id)
+            if self.sweep is not None:
+                self.sweep_run = self._find_sweep(self.sweep)
             self.known = {
                 run.data.tags.get("individual_id", ""): run.info.run_id
                 for run in self._search(f"tags.`darwin.run_id` = '{self._run_id}'")
@@ -148,12 +164,17 @@ class EvolutionRuns:
         tags = {"mlflow.experimentKind": "custom_model_development"}
         return str(client.create_experiment(self._experiment_name, location, tags))
 
-    def _find_sweep(self, sweep_id: str) -> str:
-        role = f"tags.`darwin.sweep_id` = '{sweep_id}' and tags.`darwin.role` = 'sweep'"
-        for run in self._search(role):
+    def _find_sweep(self, sweep: SweepParent) -> str:
+        for run in self._search(sweep.condition):
+            if sweep.tags is not None and run.info.status != "RUNNING":
+                self._client.update_run(run.info.run_id, status="RUNNING")
             return str(run.info.run_id)
-        tags = {"darwin.sweep_id": sweep_id, "darwin.role": "sweep"}
-        run = self._client.create_run(self._experiment_id, tags=tags, run_name=sweep_id)
+        tags = {**(sweep.tags or {}), "darwin.sweep_id": sweep.sweep_id, "darwin.role": "sweep"}
+        name = tags.pop("mlflow.runName", sweep.sweep_id)
+        tags = {tidy(key): _text(value, 4900) for key, value in tags.items()}
+        run = self._client.create_run(self._experiment_id, tags=tags, run_name=_text(name, 250))
+        if sweep.tags is None:  # nobody else will end it
+            self._client.set_terminated(run.info.run_id, "FINISHED")
         return str(run.info.run_id)
 
     def _search(self, condition: str) -> Iterator[Any]:
@@ -207,12 +228,12 @@ class EvolutionRuns:
 
         numbers = {key: finite(value) for key, value in (metrics or {}).items()}
         all_metrics = [
-            Metric(_key(key), value, timestamp, step)
+            Metric(tidy(key), value, timestamp, step)
             for key, value in numbers.items()
             if value is not None
         ]
-        all_params = [Param(_key(k), _text(v, 5900)) for k, v in _known(params)]
-        all_tags = [RunTag(_key(k), _text(v, 4900)) for k, v in _known(tags)]
+        all_params = [Param(tidy(k), _text(v, 5900)) for k, v in _known(params)]
+        all_tags = [RunTag(tidy(k), _text(v, 4900)) for k, v in _known(tags)]
         size = 90  # MLflow takes 100 parameters and tags, and 1000 metrics, at a time
         for at in range(0, max(len(all_params), len(all_tags), len(all_metrics)), size):
             self._client.log_batch(
@@ -240,6 +261,18 @@ class EvolutionRuns:
     def end(self, run: str, status: str, at: int) -> None:
         """Mark a run as ended with one of MLflow's statuses, at a time in milliseconds."""
         self._client.set_terminated(run, status, at)
+
+
+def writable_client(store_uri: str) -> Any:
+    """Return a client of a store that takes writes now.
+
+    Raises:
+        StoreUnavailable: its SQLite file cannot be written.
+    """
+    client_class = _quiet_client_class()
+    with _alone(_sqlite_file(store_uri)):
+        _probe(_sqlite_file(store_uri))
+        return client_class(store_uri)
 
 
 def _sqlite_file(store_uri: str) -> Path | None:
@@ -312,7 +345,8 @@ def _known(values: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
     return [(key, value) for key, value in (values or {}).items() if value not in (None, "")]
 
 
-def _key(name: str) -> str:
+def tidy(name: str) -> str:
+    """Return a name with what MLflow refuses in names of metrics and tags replaced."""
     return re.sub(r"[^A-Za-z0-9_\-. /]", "_", name)[:250]
 
 

@@ -187,7 +187,9 @@ class Rehearsal:
             "max_repairs": 1,
             "n_base_repeats": 3,
             "n_claim_seeds": 4,
+            "n_equal_steps": 3,
             "has_test": True,
+            "max_steps": self.max_steps,
         }
         return Plan(**{**defaults, **self.plan})
 
@@ -203,6 +205,11 @@ def rehearse(tmp_path: Path) -> Callable[..., Rehearsal]:
 @pytest.fixture
 def executor_with() -> Callable[..., HashingExecutor]:
     return HashingExecutor
+
+
+@pytest.fixture
+def answered() -> Callable[[Job], JobResult]:
+    return answer
 
 
 @pytest.fixture

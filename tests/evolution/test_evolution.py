@@ -1,14 +1,15 @@
 """The loop: who lives, who is written down, and that a resumed run is the uninterrupted one."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from darwin_exp import summary
 from darwin_exp.evolution import BaseFailed, Stopped
-from darwin_exp.individual import Genome, Job, JobResult, Reason, Status
+from darwin_exp.individual import Genome, Job, JobResult, Purpose, Reason, Status
 from darwin_exp.journal import Journal, comparable, load
 from darwin_exp.protocols import InfrastructureFailure
 from darwin_exp.trials import CHECKPOINT, Broken
@@ -337,13 +338,83 @@ def test_the_closing_claim_is_made_on_test_with_fresh_seeds_interleaved(
     assert sides == ["g00-i00", selected, selected, "g00-i00"] * 2
     assert all(event.payload["split"] == "test" for event in claims)
     others = [event for event in journal.of_kind("job") if event.payload["purpose"] != "claim"]
-    assert all(event.payload["split"] != "test" for event in others)
+    assert {e.payload["purpose"] for e in others if e.payload["split"] == "test"} == {"equal_steps"}
     seeds = [event.payload["seed"] for event in [*claims, *others] if event.payload["split"]]
     assert len(set(seeds)) == len(seeds)
-    assert len(journal.of_kind("test_read")) == 8
+    assert len(journal.of_kind("test_read")) == 8 + 6
     claim = journal.of_kind("claim")[0].payload["claim"]
     assert claim["n_base"] == claim["n_selected"] == 4
     assert claim["ci95"][0] < claim["perplexity_percent"] < claim["ci95"][1]
+
+
+def _at_rates(
+    answer: Callable[[Job], JobResult],
+    seconds_a_step: dict[str, float],
+    frozen: frozenset[str] = frozenset(),
+) -> Callable[[Job], JobResult]:
+    """Answer as ever, each at a rate of its own, and frozen at its clock where told to be."""
+
+    def rule(job: Job) -> JobResult:
+        result = answer(job)
+        rate = seconds_a_step.get(job.individual_id, 0.01)
+        steps = job.training.max_steps or round(job.training.budget_seconds / rate)
+        training = replace(
+            result.training,
+            steps_claimed=steps,
+            training_seconds=min(job.training.budget_seconds, steps * rate),
+            stopped_at_budget=job.job_id in frozen,
+        )
+        return replace(result, training=training)
+
+    return rule
+
+
+def test_the_closing_claim_is_also_made_at_equal_steps(
+    rehearse: Rehearse,
+    executor_with: Callable[..., Any],
+    answered: Callable[[Job], JobResult],
+) -> None:
+    """Both sides get what the slower one did in the search, and time enough to do it in."""
+    executor = executor_with(rule=_at_rates(answered, {"g00-i00": 0.005}))
+    journal = rehearse(executor=executor).run()
+    told = journal.of_kind("equal_steps")[0].payload
+    assert told["n_steps"] == 100
+    assert told["claim"]["n_base"] == told["claim"]["n_selected"] == 3
+    jobs = [job for job in executor.jobs if job.purpose is Purpose.EQUAL_STEPS]
+    assert {job.training.max_steps for job in jobs} == {100}
+    patience = {job.individual_id: job.training.budget_seconds for job in jobs}
+    assert patience == {"g00-i00": pytest.approx(1.75), told["selected_id"]: pytest.approx(2.5)}
+    improvement = summary.summarise(load_sessioned(journal), 13, "finished")["improvement"]
+    at_steps = improvement["equal_steps"]
+    assert at_steps["n_steps"] == 100
+    assert at_steps["perplexity_percent"] == told["claim"]["perplexity_percent"]
+    assert at_steps["perplexity_percent"] != improvement["perplexity_percent"]
+
+
+def test_a_run_that_was_frozen_before_its_steps_does_not_count_as_equal(
+    rehearse: Rehearse,
+    executor_with: Callable[..., Any],
+    answered: Callable[[Job], JobResult],
+) -> None:
+    frozen = frozenset({"g00-i00/steps-03-0", "g00-i00/steps-03-1"})
+    journal = rehearse(executor=executor_with(rule=_at_rates(answered, {}, frozen))).run()
+    claim = journal.of_kind("equal_steps")[0].payload["claim"]
+    assert (claim["n_base"], claim["n_selected"]) == (1, 3)
+    assert claim["perplexity_percent"] is None
+    assert journal.of_kind("claim")[0].payload["claim"]["n_base"] == 4
+
+
+def test_where_steps_are_counted_the_claim_itself_is_at_equal_steps(rehearse: Rehearse) -> None:
+    journal = rehearse(max_steps=50).run()
+    told = journal.of_kind("equal_steps")[0].payload
+    assert told["claim"] is None
+    assert told["why_none"] == "every training of this run has 50 steps already"
+    improvement = summary.summarise(
+        load_sessioned(journal, {"max_steps": 50}), 13, summary.FINISHED
+    )["improvement"]
+    same = improvement["equal_steps"]
+    assert same["n_steps"] == 50
+    assert same["perplexity_percent"] == improvement["perplexity_percent"] is not None
 
 
 def test_rates_of_base_and_selected_are_timed_again(rehearse: Rehearse) -> None:
@@ -398,12 +469,12 @@ def test_only_the_living_the_base_and_the_best_keep_their_checkpoints(rehearse: 
     assert living <= kept <= living | {"g00-i00"}
 
 
-def load_sessioned(journal: Journal) -> list[Any]:
+def load_sessioned(journal: Journal, config: Mapping[str, Any] | None = None) -> list[Any]:
     """Return a rehearsal's events as a run would have them, with what its session adds."""
     from darwin_exp.protocols import Event
 
     events = load(journal.path.parent)
     start = events[0].written_at
     session = Event(0, "session", "0", {"what": "started"}, {}, start)
-    run = Event(0, "run", "run", {}, {"run_id": "rehearsal"}, start)
+    run = Event(0, "run", "run", {"config": config or {}}, {"run_id": "rehearsal"}, start)
     return [session, run, *events]

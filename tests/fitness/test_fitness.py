@@ -64,6 +64,30 @@ def test_mfu_fitness_is_mfu() -> None:
     assert MfuFitness()({}, {"mfu": 0.31}, None) == 0.31
 
 
+@given(positive, positive, st.floats(1.001, 1e3), st.floats(0.0, 10.0))
+def test_code_that_loses_perplexity_is_less_fit_than_any_that_keeps_it(
+    slow: float, fast: float, loss: float, margin: float
+) -> None:
+    """However fast it is, and the more so the more it loses."""
+    fitness = MfuFitness(margin)
+    limit = 10.0 * (1 + margin / 100)
+    kept = fitness({"val_perplexity": limit * 0.999}, {"mfu": slow}, base())
+    lost = fitness({"val_perplexity": limit * loss}, {"mfu": fast}, base())
+    worse = fitness({"val_perplexity": limit * loss * 1.1}, {"mfu": fast}, base())
+    assert kept is not None
+    assert lost is not None
+    assert worse is not None
+    assert kept > lost > worse
+
+
+def test_a_repeat_of_the_base_meets_no_condition_and_none_is_met_where_the_margin_is_null() -> None:
+    metrics, rates = {"val_perplexity": 12.0}, {"mfu": 0.31}
+    assert MfuFitness()(metrics, rates, base(), is_base=True) == 0.31
+    assert MfuFitness(None)(metrics, rates, base()) == 0.31
+    below = MfuFitness()(metrics, rates, base())
+    assert below == pytest.approx(-math.log(1.2))
+
+
 def test_weighted_fitness_adds_relative_gains() -> None:
     value = WeightedFitness(2.0, 0.5)({"val_perplexity": 8.0}, {"mfu": 0.3}, base())
     assert value == pytest.approx(2 * math.log(10 / 8) + 0.5 * math.log(0.3 / 0.2))

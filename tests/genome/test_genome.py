@@ -12,24 +12,28 @@ from darwin_exp.genome import Genome
 from darwin_exp.individual import Reason
 
 BASE = {"train.py": "x = 1\n", "model.py": "y = 2\n", "settings.json": '{"a": 1}'}
-TEXTS = st.text(alphabet="abc \n", max_size=40)
+# A form feed and a line separator end a line for Python's splitlines, and for no patch.
+TEXTS = st.text(alphabet="abc \n\f\u2028", max_size=30)
+TREES = st.dictionaries(
+    st.sampled_from(["train.py", "new.py", "lib/with space.py", "lib/empty.py"]), TEXTS, max_size=3
+)
 
 
-@settings(max_examples=40, deadline=None)
-@given(before=TEXTS, after=TEXTS)
-def test_a_patch_turns_one_genome_into_the_other(
-    tmp_path_factory: pytest.TempPathFactory, before: str, after: str
+@settings(max_examples=25, deadline=None)
+@given(before=TREES, after=TREES)
+def test_a_patch_turns_one_genome_into_the_other_by_either_tool(
+    tmp_path_factory: pytest.TempPathFactory, before: dict[str, str], after: dict[str, str]
 ) -> None:
-    old = Genome.of({**BASE, "train.py": before})
-    new = Genome.of({**BASE, "train.py": after})
+    old, new = Genome.of({**BASE, **before}), Genome.of({**BASE, **after})
     patch = new.patch_from(old)
-    assert (patch == "") == (before == after)
+    assert (patch == "") == (old == new)
     if not patch:
         return
-    folder = tmp_path_factory.mktemp("genome")
-    old.write_to(folder)
-    subprocess.run(["git", "apply", "-"], input=patch, text=True, cwd=folder, check=True)
-    assert (folder / "train.py").read_text() == after
+    for command in (["git", "apply", "-"], ["patch", "-p1", "-s"]):
+        folder = tmp_path_factory.mktemp("genome")
+        old.write_to(folder)
+        subprocess.run(command, input=patch.encode(), cwd=folder, check=True)
+        assert Genome.from_folder(folder) == new
 
 
 def test_a_genome_is_the_same_after_a_round_trip_through_a_folder(tmp_path: Path) -> None:
@@ -43,8 +47,35 @@ def test_a_genome_is_the_same_after_a_round_trip_through_a_folder(tmp_path: Path
     assert Genome.from_folder(tmp_path).id == genome.id
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../train.py", "a/../../b.py", "", "a\\b.py"])
-def test_a_path_that_leaves_the_tree_is_refused(path: str) -> None:
+def test_what_a_training_by_hand_leaves_is_no_part_of_the_genome(tmp_path: Path) -> None:
+    genome = Genome.of({**BASE, "lib/out/code.py": "z = 3\n"})
+    genome.write_to(tmp_path)
+    (tmp_path / "out").mkdir()
+    left = ["job.json", "requirements.txt", "model.json", "champion.patch", "README.md"]
+    left += ["out/model.json", "out/notes.txt", "out/progress.jsonl", "out/model.safetensors"]
+    for name in left:
+        (tmp_path / name).write_text("left behind")
+    assert Genome.from_folder(tmp_path) == genome
+
+
+def test_line_breaks_of_other_systems_are_the_same_genome(tmp_path: Path) -> None:
+    plain = Genome.of({**BASE, "train.py": "x = 1\ny = 2\n"})
+    foreign = Genome.of({**BASE, "train.py": "x = 1\r\ny = 2\r"})
+    assert foreign == plain
+    plain.write_to(tmp_path)
+    (tmp_path / "train.py").write_bytes(b"x = 1\r\ny = 2\r\n")
+    assert Genome.from_folder(tmp_path) == plain
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/etc/passwd", "../train.py", "a/../../b.py", "", "a\\b.py", "./a.py", "a//b.py"),
+        *("job.json", "lib/model.json", "out/a.py", ".hidden.py", "__pycache__/a.py"),
+        *("notes.md", "weights.bin", "a\nb.py"),
+    ],
+)
+def test_a_path_that_would_not_be_read_back_is_refused(path: str) -> None:
     with pytest.raises(ValueError, match="cannot hold"):
         Genome.of({**BASE, path: ""})
 

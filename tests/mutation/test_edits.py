@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -10,29 +9,34 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
-from torch import nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from darwin_exp.individual import Genome, Reason
 from darwin_exp.mutation import EDITS
-from darwin_exp.mutation.builtin import CodeEdit, SettingsEdit, read_settings
+from darwin_exp.mutation.builtin import read_settings
 from darwin_exp.protocols import EditFailed
-
-ROOT = Path(__file__).resolve().parents[2]
-V, T = 31, 16
-TINY = {"n_layers": 2, "n_heads": 2, "width": 32, "batch_size": 4}
-STRUCTURAL = [name for name, edit in EDITS.items() if isinstance(edit, CodeEdit)]
-ON_SETTINGS = [name for name, edit in EDITS.items() if isinstance(edit, SettingsEdit)]
+from tests.mutation.edited import (
+    ON_SETTINGS,
+    ON_TRAINING,
+    PAIRS,
+    STRUCTURAL,
+    V,
+    assert_keeps_the_contract,
+    assert_parses,
+    base_genome,
+    edited,
+    lay_out_genome,
+    one_of_each_kind,
+    trained,
+    with_settings,
+)
+from tests.tiny_run import T, code_first, progress_of, rebuilt
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,119 +48,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def with_settings(genome: Genome, **changed: Any) -> Genome:
-    recipe = yaml.safe_load((ROOT / "conf/trainer/baseline.yaml").read_text())["settings"]
-    return genome.with_files({"settings.json": json.dumps({**recipe, **changed}, indent=2) + "\n"})
-
-
 @pytest.fixture(scope="module")
 def base() -> Genome:
-    return with_settings(Genome.from_folder(ROOT / "trainer_base"), **TINY)
-
-
-@lru_cache(maxsize=512)
-def edited(genome: Genome, name: str, seed: int = 0) -> Genome:
-    edit = EDITS[name]
-    return edit.apply(genome, edit.draw(genome, Random(seed)))
-
-
-def write_job(genome: Genome, folder: Path, max_steps: int) -> Path:
-    """Lay out a working directory as the sandbox does."""
-    genome.write_to(folder / "code")
-    (folder / "in").mkdir()
-    (folder / "out").mkdir()
-    # A pattern that a model can learn, so that its training shows in the loss.
-    tokens = (np.arange(4_000) * 7 % V).astype("<u2")
-    tokens.tofile(folder / "in" / "train.bin")
-    job = {
-        "budget_seconds": 120.0,
-        "max_steps": max_steps,
-        "seed": 1,
-        "device": "cpu",
-        "threads": 1,
-        "vocab_size": V,
-        "context_length": T,
-        "train": "in/train.bin",
-        "token_bytes": 2,
-        "extra_train": [],
-        "out": "out",
-    }
-    path = folder / "job.json"
-    path.write_text(json.dumps(job))
-    return path
-
-
-@contextmanager
-def code_first(code: Path) -> Iterator[None]:
-    """Import from a genome's folder, and forget what was imported from it afterwards."""
-    sys.modules.pop("model", None)
-    sys.path.insert(0, str(code))
-    argv = sys.argv
-    try:
-        yield
-    finally:
-        sys.path.remove(str(code))
-        sys.modules.pop("model", None)
-        sys.argv = argv
-
-
-def train(genome: Genome, folder: Path, max_steps: int = 20) -> nn.Module:
-    """Run train.py in this process and return the model that it left, rebuilt from its files."""
-    job = write_job(genome, folder, max_steps)
-    with code_first(folder / "code"):
-        sys.argv = ["train.py", str(job)]
-        runpy.run_path(str(folder / "code" / "train.py"), run_name="__main__")
-    return rebuilt(folder)
-
-
-def rebuilt(folder: Path) -> nn.Module:
-    arguments = json.loads((folder / "out" / "model.json").read_text())
-    with code_first(folder / "code"):
-        build_model = runpy.run_path(str(folder / "code" / "model.py"))["build_model"]
-    model = build_model(arguments)
-    assert isinstance(model, nn.Module)
-    model.load_state_dict(load_file(folder / "out" / "model.safetensors"))
-    return model.eval()
+    return base_genome()
 
 
 def losses(folder: Path) -> list[float]:
-    lines = (folder / "out" / "progress.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
-
-
-def assert_keeps_the_contract(model: nn.Module, folder: Path) -> None:
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(V, (3, T), generator=generator)
-    with torch.inference_mode():
-        logits = model(tokens)
-        assert logits.shape == (3, T, V)
-        assert logits.dtype == torch.float32
-        assert torch.isfinite(logits).all()
-        for cut in (1, 2, 7, T - 1):
-            prefix = model(tokens[:, :cut])
-            assert prefix.shape == (3, cut, V)
-            torch.testing.assert_close(prefix, logits[:, :cut], atol=2e-4, rtol=1e-3)
-            other = tokens.clone()
-            other[:, cut:] = (other[:, cut:] + 1) % V
-            torch.testing.assert_close(model(other)[:, :cut], logits[:, :cut], atol=2e-4, rtol=1e-3)
-            assert not torch.equal(model(other)[:, cut:], logits[:, cut:])
-        torch.testing.assert_close(rebuilt(folder)(tokens), logits, atol=0, rtol=0)
-    # The harness times a backward pass after serving: nothing may be left in inference mode.
-    model(tokens).sum().backward()
-
-
-def assert_parses(genome: Genome) -> None:
-    for path, text in genome.files:
-        ast.parse(text) if path.endswith(".py") else json.loads(text)
+    return [line["loss"] for line in progress_of(folder)]
 
 
 def test_the_base_itself_keeps_the_contract(base: Genome, tmp_path: Path) -> None:
-    assert_keeps_the_contract(train(base, tmp_path), tmp_path)
+    assert_keeps_the_contract(trained(base, tmp_path), tmp_path)
 
 
 def test_the_library_holds_edits_of_several_kinds() -> None:
-    assert len(STRUCTURAL) >= 8
-    assert len(ON_SETTINGS) >= 8
+    assert len(STRUCTURAL) >= 20
+    assert len(ON_SETTINGS) >= 12
     assert {EDITS[name].file for name in EDITS} == {"settings.json", "model.py", "train.py"}
     for name, edit in EDITS.items():
         assert name == edit.name
@@ -170,32 +77,32 @@ def test_every_edit_alone_trains_and_serves(base: Genome, name: str, tmp_path: P
     child = edited(base, name, seed=1)
     assert_parses(child)
     assert child.fingerprint != base.fingerprint
-    assert_keeps_the_contract(train(child, tmp_path), tmp_path)
+    assert_keeps_the_contract(trained(child, tmp_path), tmp_path)
     assert all(loss == loss for loss in losses(tmp_path))
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_drawn_pairs_train_and_serve(base: Genome, seed: int, tmp_path: Path) -> None:
-    first, second = Random(seed).sample([n for n in EDITS if n not in ON_SETTINGS], 2)
-    child = edited(edited(base, first, seed), second, seed)
+@pytest.mark.parametrize(("first", "second"), Random(11).sample(PAIRS, 40))
+def test_drawn_pairs_train_and_serve(base: Genome, first: str, second: str, tmp_path: Path) -> None:
+    child = edited(edited(base, first, seed=2), second, seed=2)
     assert_parses(child)
-    assert_keeps_the_contract(train(child, tmp_path), tmp_path)
+    assert_keeps_the_contract(trained(child, tmp_path), tmp_path)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_all_structural_edits_compose_in_any_order(base: Genome, seed: int, tmp_path: Path) -> None:
-    names = Random(seed).sample(STRUCTURAL, len(STRUCTURAL))
+@pytest.mark.parametrize("seed", range(4))
+def test_structural_edits_of_all_kinds_compose_in_any_order(
+    base: Genome, seed: int, tmp_path: Path
+) -> None:
     child = base
-    for name in names:
+    for name in one_of_each_kind(STRUCTURAL, Random(seed)):
         child = edited(child, name, seed)
-    assert_keeps_the_contract(train(child, tmp_path), tmp_path)
+    assert_keeps_the_contract(trained(child, tmp_path), tmp_path)
 
 
 def test_a_composition_trains_by_itself_in_a_fresh_process(base: Genome, tmp_path: Path) -> None:
     child = base
     for name in ("rotary", "muon", "untied_head", "squared_relu", "trapezoid", "higher_rate"):
         child = edited(child, name)
-    job = write_job(child, tmp_path, max_steps=40)
+    job = lay_out_genome(child, tmp_path, max_steps=40)
     done = subprocess.run(
         [sys.executable, "-W", "error", "code/train.py", str(job)],
         cwd=tmp_path,
@@ -248,14 +155,14 @@ def test_a_structural_edit_keeps_the_comments_it_does_not_replace(base: Genome, 
     assert len(lost) <= 2, lost
 
 
-@pytest.mark.parametrize("name", EDITS)
-def test_drawing_depends_on_the_random_numbers_alone(base: Genome, name: str) -> None:
-    edit = EDITS[name]
-    assert edit.draw(base, Random(5)) == edit.draw(base, Random(5))
-    parameters = edit.draw(base, Random(5))
+@given(name=st.sampled_from(sorted(EDITS)), seed=st.integers(0, 2**32))
+@settings(deadline=None, max_examples=100)
+def test_drawing_depends_on_the_random_numbers_alone(name: str, seed: int) -> None:
+    edit, base = EDITS[name], base_genome()
+    parameters = edit.draw(base, Random(seed))
+    assert edit.draw(base, Random(seed)) == parameters
     assert json.loads(json.dumps(parameters)) == parameters
-    assert edit.apply(base, parameters) == edited(base, name, 5)
-    assert "\n" not in edit.describe(base, parameters)
+    assert edit.recorded(parameters).parameters == parameters
 
 
 def test_a_description_names_the_old_value_and_the_new(base: Genome) -> None:
@@ -376,7 +283,7 @@ def test_structural_edits_fit_a_model_that_somebody_else_wrote(
     child = base.with_files({"model.py": FOREIGN})
     for name in Random(0).sample(MODEL_EDITS, len(MODEL_EDITS)):
         child = edited(child, name)
-    assert_keeps_the_contract(train(child, tmp_path), tmp_path)
+    assert_keeps_the_contract(trained(child, tmp_path), tmp_path)
     assert "# queries" in child.as_dict["model.py"]
     assert "self.wpe" not in child.as_dict["model.py"]
 
@@ -393,12 +300,12 @@ def test_structural_edits_survive_renaming(base: Genome, tmp_path: Path) -> None
             for file in ("model.py", "train.py")
         }
     )
-    for name in STRUCTURAL:
+    for name in one_of_each_kind(STRUCTURAL, Random(1)):
         child = edited(child, name)
-    assert_keeps_the_contract(train(child, tmp_path), tmp_path)
+    assert_keeps_the_contract(trained(child, tmp_path), tmp_path)
 
 
-@pytest.mark.parametrize("name", [n for n in STRUCTURAL if EDITS[n].file == "train.py"])
+@pytest.mark.parametrize("name", ON_TRAINING)
 def test_training_edits_leave_seed_and_job_alone(base: Genome, name: str) -> None:
     text = edited(base, name).as_dict["train.py"]
     for line in base.as_dict["train.py"].splitlines():

@@ -6,6 +6,7 @@ import ast
 import json
 import math
 import pickle
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -33,8 +34,9 @@ from darwin_exp.mutation import (
     Scripted,
     ScriptedStep,
     edit_weights,
+    reapply,
 )
-from darwin_exp.mutation.operators import EXPLORATION
+from darwin_exp.mutation.operators import EXPLORATION, LARGEST_Z
 from darwin_exp.protocols import EditFailed, EditRequest, Lesson, Mutator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -355,7 +357,74 @@ def test_what_helped_is_likelier_than_the_untried_and_that_than_what_failed() ->
 
 
 def test_one_wild_outcome_counts_no_more_than_a_clear_one() -> None:
-    assert edit_weights(NAMES, [lesson("a", 1e9)]) == edit_weights(NAMES, [lesson("a", 3.0)])
+    assert edit_weights(NAMES, [lesson("a", 1e9)]) == edit_weights(NAMES, [lesson("a", LARGEST_Z)])
+
+
+def test_what_was_tried_without_effect_is_less_likely_than_the_untried() -> None:
+    weights = edit_weights(NAMES, [lesson("a", 0.0)])
+    assert weights["a"] < weights["b"] == weights["c"]
+
+
+CHEAP = ["higher_rate", "lower_rate", "betas", "weight_decay", "untied_head"]  # settings alone
+
+
+def drawn_with(*lessons: Lesson) -> Counter[str]:
+    operators = Operators((1, 1), only=CHEAP)
+    return Counter(
+        operators.propose(request(lessons=lessons), Random(seed)).new_edits[0].operator
+        for seed in range(150)
+    )
+
+
+def test_without_lessons_draws_are_even() -> None:
+    """memory=off offers no lessons, and lessons are all that the rule looks at."""
+    drawn = drawn_with()
+    assert set(drawn) == set(CHEAP)
+    assert 12 < min(drawn.values()) <= max(drawn.values()) < 50  # an even draw gives 30 each
+
+
+def test_what_helped_is_drawn_often_and_what_harmed_seldom() -> None:
+    drawn = drawn_with(lesson("betas", 5.0), lesson("untied_head", -5.0))
+    assert drawn["betas"] > 75 > 20 > drawn["untied_head"]
+
+
+# --- fewer edits ------------------------------------------------------------------------------
+
+
+def test_only_the_edits_that_are_named_are_drawn() -> None:
+    by_name = Operators((1, 1), only=["squared_relu", "rotary"])
+    assert set(by_name.names) == {"squared_relu", "rotary"}
+    by_topic = Operators((1, 2), only=["peak rate", "betas"])
+    assert set(by_topic.names) == {"higher_rate", "lower_rate", "betas"}
+    for seed in range(10):
+        drawn = by_topic.propose(request(), Random(seed))
+        assert set(operators_of(drawn.new_edits)) <= set(by_topic.names)
+
+
+def test_edits_can_be_left_out_by_name_or_topic() -> None:
+    names = Operators(without=["batch", "rotary"]).names
+    assert set(EDITS) - set(names) >= {"larger_batch", "smaller_batch", "rotary"}
+    assert "higher_rate" in names
+
+
+@pytest.mark.parametrize(
+    ("only", "without", "told"),
+    [
+        (["no_such_edit"], [], r"mutator\.only: 'no_such_edit'"),
+        ([], ["batsh"], r"mutator\.without: 'batsh'"),
+        (["rotary"], ["rotary"], "leave no edit"),
+    ],
+)
+def test_names_of_no_edit_are_refused(only: list[str], without: list[str], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Operators(only=only, without=without)
+
+
+def test_recorded_edits_are_made_again_and_those_that_do_not_fit_are_named() -> None:
+    unknown = Edit("gpt", "model.py", "why")
+    genome, left_out = reapply(BASE, [SQUARED, RATE, SQUARED, unknown])
+    assert genome == agent("x", SQUARED, RATE).genome
+    assert left_out == [SQUARED, unknown]
 
 
 def test_repeated_evidence_counts_for_more_than_one_outcome() -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
 import subprocess
 import sys
 import time
@@ -25,9 +24,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[2]
+from darwin_exp.individual import Genome
+from tests.tiny_run import ROOT, T, lay_out, progress_of, rebuilt, run_train
+
 TRAINERS = sorted(path.stem for path in (ROOT / "conf" / "trainer").glob("*.yaml"))
-V, T, B = 61, 16, 4  # token ids, context length, batch: odd enough to show a padded head
+V, B = 61, 4  # token ids, batch: odd enough to show a padded head
 
 TINY: dict[str, Any] = {
     "n_layers": 2,
@@ -81,71 +82,37 @@ class Trained:
 
     @property
     def progress(self) -> list[dict[str, Any]]:
-        lines = (self.out / "progress.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        return progress_of(self.out.parent)
 
     def rebuilt(self) -> nn.Module:
         """Build the model from what was left behind, as the harness does."""
-        arguments = json.loads((self.out / "model.json").read_text())
-        model: nn.Module = self.names["build_model"](arguments)
-        model.load_state_dict(self.weights)
-        return model.eval()
+        return rebuilt(self.out.parent, self.names)
 
 
 def prepare(folder: Path, changes: Mapping[str, Any], job_changes: Mapping[str, Any]) -> Path:
-    """Write a genome, a text that repeats itself, and a job; return the job's path."""
-    (folder / "code").mkdir(parents=True)
-    (folder / "in").mkdir()
-    (folder / "out").mkdir()
-    for name in ("train.py", "model.py"):
-        source = (ROOT / "trainer_base" / name).read_text(encoding="utf-8")
-        (folder / "code" / name).write_text(source, encoding="utf-8")
-    (folder / "code" / "settings.json").write_text(json.dumps({**TINY, **changes}))
-    (np.arange(4000) % V).astype("<u2").tofile(folder / "in" / "train.bin")
-    job = {
-        "budget_seconds": 600.0,
-        "max_steps": 20,
-        "seed": 1,
-        "device": "cpu",
-        "threads": 1,
-        "vocab_size": V,
-        "context_length": T,
-        "train": "in/train.bin",
-        "token_bytes": 2,
-        "extra_train": [],
-        "out": "out",
-    }
-    path = folder / "job.json"
-    path.write_text(json.dumps({**job, **job_changes}))
-    return path
+    """Write the base genome, a text that repeats itself, and a job; return the job's path."""
+    settings = json.dumps({**TINY, **changes})
+    base = Genome.from_folder(ROOT / "trainer_base").with_files({"settings.json": settings})
+    return lay_out(base, folder, np.arange(4000) % V, V, **job_changes)
 
 
-def run(job: Path, monkeypatch: pytest.MonkeyPatch) -> Trained:
-    """Run train.py as the launcher does: as __main__, beside its own model.py, torch imported."""
-    code = job.parent / "code"
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", str(job)])
-        patch.syspath_prepend(str(code))
-        patch.delitem(sys.modules, "model", raising=False)
-        try:
-            names = runpy.run_path(str(code / "train.py"), run_name="__main__")
-        finally:
-            sys.modules.pop("model", None)
-    return Trained(job.parent / "out", names)
+def run(job: Path) -> Trained:
+    """Run train.py as the launcher does."""
+    return Trained(job.parent / "out", run_train(job))
 
 
 Train = Callable[..., Trained]
 
 
 @pytest.fixture
-def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+def train(tmp_path: Path) -> Train:
     """Train the base genome; keywords are settings, `job` changes the job."""
     runs = 0
 
     def train_once(job: Mapping[str, Any] | None = None, **changes: Any) -> Trained:
         nonlocal runs
         runs += 1
-        return run(prepare(tmp_path / str(runs), changes, job or {}), monkeypatch)
+        return run(prepare(tmp_path / str(runs), changes, job or {}))
 
     return train_once
 
@@ -153,8 +120,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """One run of 20 steps that several tests look at, and none changes."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        return run(prepare(tmp_path_factory.mktemp("finished") / "run", {}, {}), monkeypatch)
+    return run(prepare(tmp_path_factory.mktemp("finished") / "run", {}, {}))
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -185,14 +151,12 @@ def test_nothing_is_compiled_without_a_gpu(train: Train, finished: Trained) -> N
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
-def test_a_missing_setting_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_missing_setting_is_named(tmp_path: Path, name: str) -> None:
     job = prepare(tmp_path / "run", {}, {})
     left = {key: value for key, value in TINY.items() if key != name}
     (tmp_path / "run" / "code" / "settings.json").write_text(json.dumps(left))
     with pytest.raises(SystemExit) as error:
-        run(job, monkeypatch)
+        run(job)
     assert str(error.value) == f"settings.json: missing {name}"
 
 
@@ -227,24 +191,22 @@ def test_the_published_models_have_their_published_sizes(
 # --- what is read ---------------------------------------------------------------------------------
 
 
-def test_extra_training_files_are_joined_to_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_extra_training_files_are_joined_to_the_first(tmp_path: Path) -> None:
     job = prepare(tmp_path / "run", {}, {"extra_train": ["in/a.bin", "in/b.bin"], "max_steps": 1})
     for name, token in (("train", 1), ("a", 2), ("b", 3)):
         np.full(100, token, dtype="<u2").tofile(job.parent / "in" / f"{name}.bin")
-    trained = run(job, monkeypatch)
+    trained = run(job)
     assert trained.names["tokens"].tolist() == [1] * 100 + [2] * 100 + [3] * 100
     drawn = torch.cat([trained.names["next_batch"]()[0] for _ in range(20)])
     assert set(drawn.flatten().tolist()) == {1, 2, 3}
 
 
 def test_tokens_of_four_bytes_train_the_same_as_tokens_of_two(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Trained
+    tmp_path: Path, finished: Trained
 ) -> None:
     job = prepare(tmp_path / "run", {}, {"token_bytes": 4})
     (np.arange(4000) % V).astype("<u4").tofile(job.parent / "in" / "train.bin")
-    assert same(run(job, monkeypatch).weights, finished.weights)
+    assert same(run(job).weights, finished.weights)
 
 
 def test_targets_are_the_inputs_one_token_later(finished: Trained) -> None:
@@ -253,13 +215,11 @@ def test_targets_are_the_inputs_one_token_later(finished: Trained) -> None:
     assert torch.equal((inputs + 1) % V, targets)  # the text counts up
 
 
-def test_a_text_shorter_than_a_window_is_refused_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_text_shorter_than_a_window_is_refused_in_one_line(tmp_path: Path) -> None:
     job = prepare(tmp_path / "run", {}, {})
     np.zeros(T, dtype="<u2").tofile(job.parent / "in" / "train.bin")
     with pytest.raises(SystemExit, match="train: 16 tokens, but one window takes 17"):
-        run(job, monkeypatch)
+        run(job)
 
 
 # --- what is left behind, and when ----------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Ablation: takes a champion apart and measures what each part of its change contributes."""

@@ -1,0 +1,317 @@
+"""The page of a report: facts and charts laid out as one self-contained HTML file.
+
+Reads: facts; page.html, page.css and page.js beside this module.
+Writes: text.
+Never: lets text of a genome, a model or a candidate through unescaped, or loads from anywhere: the
+page forbids both by its own policy, which knows its one script by hash.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from darwin_exp.chronicle import Agent
+from darwin_exp.report import charts, lineage
+from darwin_exp.report.effects import Effect, noise_floor
+from darwin_exp.report.facts import (
+    STATUS_IN_WORDS,
+    Facts,
+    settings,
+    signed,
+)
+from darwin_exp.report.patch import FilePatch, patches, visible
+from darwin_exp.wording import duration, number
+
+HERE = Path(__file__).parent
+LARGEST_WHOLE_TREE = 60  # agents; of a larger tree those who matter are shown first
+SECTIONS = (
+    ("result", "Result"),
+    ("generations", "Generations"),
+    ("trade-offs", "Trade-offs"),
+    ("lineage", "Lineage"),
+    ("patch", "Patch"),
+    ("edits", "Edits"),
+    ("failures", "Failures"),
+    ("time", "Time"),
+    ("individuals", "Agents"),
+    ("run", "Run"),
+)
+COLUMNS = (
+    ("agent", False),
+    ("gen.", True),
+    ("parents", False),
+    ("children", True),
+    ("editor", False),
+    ("what", False),
+    ("status", False),
+    ("perplexity", True),
+    ("vs parent", True),
+    ("z", True),
+    ("MFU", True),
+    ("fitness", True),
+)
+ABLATION_KEYS = ("champion_id", "n_seeds", "split", "pruned")
+PART_KEYS = (
+    *("name", "what", "file", "kind", "n", "contribution_percent", "ci95", "p_value", "verdict"),
+    "note",
+)
+STAGE_WORDS = {"startup": "start-up"}
+
+
+def render(facts: Facts) -> str:
+    """Return the page."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalised,
+    )
+    environment.filters["visible"] = visible
+    environment.filters["tojson_text"] = lambda value: json.dumps(value, ensure_ascii=False)
+    script = (HERE / "page.js").read_text(encoding="utf-8").strip()
+    digest = hashlib.sha256(script.encode()).digest()
+    return environment.get_template("page.html").render(
+        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=Markup(base64.b64encode(digest).decode()),
+        facts=facts,
+        sections=SECTIONS,
+        columns=COLUMNS,
+        charts=_charts(facts),
+        signed=_signed_or_dash,
+        number=number,
+        duration=duration,
+        interval=_interval,
+        p_value=lambda value: number(value, 2) if isinstance(value, int | float) else "–",
+        z=_z,
+        cell=_cell,
+        percent_cell=lambda value: _cell(value, 3, signed(value)),
+        z_cell=lambda value: _cell(value, 3, _z(value)),
+        **_result(facts),
+        **_champion(facts),
+        **_time(facts),
+        **_record(facts),
+    )
+
+
+def _charts(facts: Facts) -> dict[str, Any]:
+    small = len(facts.chronicle.agents) <= LARGEST_WHOLE_TREE
+    return {
+        "perplexity": charts.by_generation(facts, "val_perplexity"),
+        "mfu": charts.by_generation(facts, "mfu"),
+        "best_so_far": charts.best_so_far(facts),
+        "trade_offs": charts.trade_offs(facts),
+        "tree": lineage.tree(facts, None if small else lineage.backbone(facts)),
+        "whole_tree": None if small else lineage.tree(facts),
+        "operators": charts.operator_effects(facts, "perplexity"),
+        "operators_mfu": charts.operator_effects(facts, "mfu"),
+        "time": charts.time_by_stage(facts),
+    }
+
+
+def _result(facts: Facts) -> dict[str, Any]:
+    chronicle, summary = facts.chronicle, facts.summary
+    base, selected = chronicle.base, chronicle.selected
+    sides = []
+    if base is not None:
+        for name, digits, key in (
+            ("test perplexity", 4, "test_perplexity"),
+            ("validation perplexity", 4, "val_perplexity"),
+            ("validation bits per byte", 4, "val_bpb"),
+            ("MFU", 3, "mfu"),
+        ):
+            values = [(summary[s] or {}).get(key) for s in ("baseline", "champion")]
+            sides.append(_side(name, digits, values))
+        for name, digits, key in (
+            ("tokens per second", 4, "tokens_per_second"),
+            ("parameters", 12, "n_parameters"),
+        ):
+            chosen = selected if chronicle.closing is not None else None
+            values = [one.value(key) if one else None for one in (base, chosen)]
+            sides.append(_side(name, digits, values))
+    seen = {agent.status.value for agent in chronicle.agents}
+    return {
+        "run_id": chronicle.run_id,
+        "status_in_words": STATUS_IN_WORDS.get(facts.status, facts.status),
+        "n_failed": sum(summary["failed"].values()),
+        "sides": sides,
+        "statuses": sorted(seen),
+        "failed_glyphs": [(s, glyph) for s, glyph in charts.GLYPHS.items() if s in seen],
+        "generations": [_generation(event) for event in chronicle.of_kind("generation")],
+        "effects": facts.effects,
+        "no_effect": Effect(),
+        "noise": noise_floor(chronicle),
+    }
+
+
+def _side(name: str, digits: int, values: list[float | None]) -> dict[str, str]:
+    change = None
+    before, after = values
+    if before and after is not None:
+        change = 100 * (after / before - 1)
+    words = [number(int(v) if digits > 9 and v is not None else v, digits) for v in values]
+    return {"name": name, "base": words[0], "selected": words[1], "change": signed(change)}
+
+
+def _generation(event: Any) -> dict[str, Any]:
+    payload, measured = event.payload, event.measured
+    best, mean = payload.get("best") or {}, payload.get("mean") or {}
+    return {
+        "generation": payload["generation"],
+        "best_id": payload["best_id"],
+        "best": best.get("val_perplexity"),
+        "mean": mean.get("val_perplexity"),
+        "best_mfu": (measured.get("best") or {}).get("mfu"),
+        "mean_mfu": (measured.get("mean") or {}).get("mfu"),
+        "n": len(payload.get("population") or ()),
+        "survivors": ", ".join(payload.get("survivors") or ()),
+    }
+
+
+def _champion(facts: Facts) -> dict[str, Any]:
+    chronicle, selected = facts.chronicle, facts.chronicle.selected
+    changed: list[FilePatch] = []
+    why = "Nothing was selected: no agent was measured."
+    if selected is not None and selected.is_base:
+        why = "Nothing: the base itself is the fittest."
+    elif selected is not None:
+        try:
+            changed = patches(chronicle.base_genome, chronicle.genome_of(selected.individual_id))
+            why = "Nothing: its code is the base's."
+        except KeyError:
+            why = "Its code cannot be rebuilt: the journal holds no rewrite of it."
+    ablation = facts.ablation if _is_of(facts.ablation, selected) else None
+    parts = [
+        {**dict.fromkeys(PART_KEYS), **part}
+        for part in (ablation or {}).get("parts", ())
+        if isinstance(part, dict)
+    ]
+    found = {side: (ablation or {}).get(side) or {} for side in ("base", "champion")}
+    return {
+        "selected": selected,
+        "is_closed": chronicle.closing is not None,
+        "patches": changed,
+        "why_no_patch": why,
+        "line": [
+            {
+                "agent": agent,
+                "edits": agent.new_edits,
+                "effect": facts.effects.get(agent.individual_id, Effect()),
+            }
+            for agent in facts.champions_line[1:]
+        ],
+        "ablation": ablation and {**dict.fromkeys(ABLATION_KEYS), **ablation, "parts": parts},
+        "base_perplexity": number(found["base"].get("perplexity")),
+        "champion_perplexity": number(found["champion"].get("perplexity")),
+    }
+
+
+def _is_of(ablation: Mapping[str, Any] | None, selected: Agent | None) -> bool:
+    """Tell whether an ablation took apart whom the run has selected: a resumed run may differ."""
+    return bool(ablation and selected and ablation.get("champion_id") == selected.individual_id)
+
+
+def _time(facts: Facts) -> dict[str, Any]:
+    stages = [
+        stage
+        for stage in charts.STAGE_NAMES
+        if any(stage in phase.slot_seconds for phase in facts.phases)
+    ]
+    return {
+        "stages": stages,
+        "stage_names": {stage: STAGE_WORDS.get(stage, stage) for stage in stages},
+        "total": lambda stage: sum(p.slot_seconds.get(stage, 0.0) for p in facts.phases),
+        "n_slots": facts.n_slots,
+    }
+
+
+def _record(facts: Facts) -> dict[str, Any]:
+    chronicle = facts.chronicle
+    begun = chronicle.begun
+    environment = {
+        "run id": chronicle.run_id,
+        "environment id": begun.payload.get("environment_id"),
+        **begun.payload.get("environment", {}),
+        "host": begun.measured.get("host"),
+        "peak FLOP/s": begun.measured.get("peak_flops"),
+        "slots": begun.measured.get("n_slots"),
+        "base genome": begun.payload.get("base_genome_id"),
+        "sweep": chronicle.sweep_id,
+    }
+    resumed = [
+        str(event.measured.get("command", ""))
+        for event in chronicle.of_kind("session")
+        if event.payload.get("what") == "resumed"
+    ]
+    last = max((agent.generation for agent in chronicle.agents), default=0)
+    return {
+        "environment": [
+            (key, value if isinstance(value, str) else json.dumps(value))
+            for key, value in environment.items()
+            if value is not None
+        ],
+        "settings": list(settings(chronicle)),
+        "resumed": resumed,
+        "next_generations": last + 3,
+        "began": _moment(chronicle.events[0].written_at),
+        "ended": _moment(chronicle.events[-1].written_at),
+        "version": _version(),
+    }
+
+
+def _version() -> str:
+    try:
+        return version_of("darwin-exp")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "(not installed)"
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+# --- cells ----------------------------------------------------------------------------------------
+
+
+def _cell(value: float | None, digits: int, shown: str | None = None) -> Markup:
+    exact = "" if value is None or not math.isfinite(value) else f"{value:.6g}"
+    words = number(value, digits) if shown is None else shown
+    return Markup('<td class="num" data-v="{}">{}</td>').format(exact, words)
+
+
+def _z(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.1f}".replace("-", "−")
+
+
+def _signed_or_dash(value: Any) -> str:
+    return signed(value) if isinstance(value, int | float) else "–"
+
+
+def _interval(ends: Any) -> str:
+    if not isinstance(ends, list | tuple) or len(ends) != 2:
+        return "–"
+    return f"{_signed_or_dash(ends[0])} to {_signed_or_dash(ends[1])}"
+
+
+def _finalised(value: Any) -> Any:
+    """Return what a template shows of a value: nothing for None, and no invisible characters."""
+    if value is None:
+        return ""
+    if type(value) is str:  # Markup was made, and cleaned, by this project
+        return visible(value)
+    return value
