@@ -75,7 +75,7 @@ def _exit_code_of(composed: DictConfig) -> int:
         _say(explain(error))
         return summary.WRONG
     except KeyboardInterrupt:
-        _say("interrupted before the run had begun")
+        _say("interrupted")
         return summary.BY_SIGNAL
     except Exception:
         traceback.print_exc()

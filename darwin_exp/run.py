@@ -231,6 +231,7 @@ class _Session:
         self.watch = watch
         self.plan = workshop_of.build_plan(workshop.config, workshop.data)
         self.message = ""
+        self._held_off: list[int] = []  # signals that came while things were put in order
 
     def work(self) -> int:
         """Evolve until the end, a cap or an interruption, and leave a truthful summary."""
@@ -246,12 +247,14 @@ class _Session:
             except (JournalError, OSError) as failure:
                 self.message = f"{failure}; then go on with resume={self.run_folder.name}"
             except Exception:
-                with _uninterrupted():  # a defect of ours: leave things straight, then show it
+                with _uninterrupted(self._held_off):  # a defect of ours: leave order, show it
                     self._end(status, tracker)
                 raise
-            with _uninterrupted():
+            with _uninterrupted(self._held_off):
                 summary = self._end(status, tracker)
                 self.watch.finished(summary)
+        if self._held_off and self.command.sweep_folder is not None:
+            raise KeyboardInterrupt  # this run has ended as it would have; its sweep must not go on
         if self.message:
             raise ConfigError(self.message)
         return int(summary["exit_code"])
@@ -348,7 +351,7 @@ class _Session:
             self.message = str(failure)
             return summaries.FAILED
         finally:
-            with _uninterrupted():
+            with _uninterrupted(self._held_off):
                 executor.close(cancel=True)
             for problem in memory.problems:
                 self.watch.note(f"memory: {problem}")
@@ -400,7 +403,8 @@ class _Session:
         def report() -> None:
             write_from(chronicle, self.run_folder, status)
 
-        for make in (champion, report):
+        # Whoever interrupted wants to be gone; darwin_exp.report writes the page at any time.
+        for make in (champion,) if status == summaries.INTERRUPTED else (champion, report):
             try:
                 make()
             except Exception as failure:
@@ -456,9 +460,17 @@ def _terminable() -> Iterator[None]:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold off Ctrl-C while what is on disk is put in order; this takes seconds."""
-    before = {which: signal.signal(which, signal.SIG_IGN) for which in _ENDING}
+def _uninterrupted(came: list[int]) -> Iterator[None]:
+    """Hold off Ctrl-C while what is on disk is put in order, which takes seconds.
+
+    Args:
+        came: is added the signals that came meanwhile, so that they are not forgotten.
+    """
+
+    def note(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        came.append(signum)
+
+    before = {which: signal.signal(which, note) for which in _ENDING}
     try:
         yield
     finally:

@@ -281,7 +281,7 @@ def test_structural_edits_fit_a_model_that_somebody_else_wrote(
     base: Genome, tmp_path: Path
 ) -> None:
     child = base.with_files({"model.py": FOREIGN})
-    for name in Random(0).sample(MODEL_EDITS, len(MODEL_EDITS)):
+    for name in one_of_each_kind(MODEL_EDITS, Random(0)):
         child = edited(child, name)
     assert_keeps_the_contract(trained(child, tmp_path), tmp_path)
     assert "# queries" in child.as_dict["model.py"]
