@@ -25,14 +25,14 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.text import Text
 
-from darwin_exp import config as schema
 from darwin_exp import launching, summary
 from darwin_exp import sweep as sweeps
-from darwin_exp.config import ConfigError, DarwinConfig, Show
+from darwin_exp.config import CONF, PROJECT, ConfigError, from_yaml, register, typed
 from darwin_exp.display import LiveDisplay, PlainDisplay, Watch, watch_for
 from darwin_exp.guidance import explain, help_text
 from darwin_exp.parts import folder
-from darwin_exp.run import Command, run
+from darwin_exp.run import Command, run, terminable
+from darwin_exp.schema import GROUPS, DarwinConfig, Show
 from darwin_exp.sweep import Sweep
 
 EXIT_CODES: list[int] = []
@@ -47,7 +47,7 @@ class _Console(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@hydra.main(version_base="1.3", config_path=str(schema.CONF), config_name="config")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def _job(composed: DictConfig) -> None:
     """Run one job to its own end, whatever happens, and note its exit code."""
     EXIT_CODES.append(_exit_code_of(composed))
@@ -61,7 +61,7 @@ def _exit_code_of(composed: DictConfig) -> int:
         at_work = launching.sweep_at_work()
         if at_work is not None:
             return _exit_code_in_sweep(composed, at_work, console)
-        config = schema.typed(composed)
+        config = typed(composed)
         if config.sweep is not None:
             raise ConfigError(
                 f"sweep={config.sweep}: this command is no sweep; type the sweep's own, with -m or "
@@ -79,7 +79,9 @@ def _exit_code_of(composed: DictConfig) -> int:
         return summary.BY_SIGNAL
     except Exception:
         traceback.print_exc()
-        _say("that is a defect of DARWIN; what was recorded is safe, and resume=latest goes on")
+        sweep = launching.sweep_at_work()
+        goes_on = "resume=latest" if sweep is None else f"the same command with sweep={sweep.id}"
+        _say(f"that is a defect of DARWIN; what was recorded is safe, and {goes_on} goes on")
         return summary.WRONG
 
 
@@ -94,11 +96,11 @@ def _exit_code_in_sweep(composed: DictConfig, sweep: Sweep, console: Console) ->
     before = sweep.run_of(command.job)
     if before is None:
         console.print(Text(title, "bold"))
-        config = schema.typed(composed)
+        config = typed(composed)
         config.sweep = None
         return run(config, command, _watch(config, console))
-    config = schema.typed(composed)
-    recorded = schema.from_yaml(before / "config.yaml", [], {})
+    config = typed(composed)
+    recorded = from_yaml(before / "config.yaml", [], {})
     code = sweeps.exit_code_of(before)
     if code is not None and config.n_generations <= recorded.n_generations:
         console.print(Text(f"{title}: finished before as {before.name}, exit code {code}", "bold"))
@@ -111,9 +113,8 @@ def _exit_code_in_sweep(composed: DictConfig, sweep: Sweep, console: Console) ->
 
 
 def _command(composed: DictConfig) -> Command:
-    typed = HydraConfig.get()
-    overrides = tuple(str(override) for override in typed.overrides.task)
-    groups = {override.partition("=")[0] for override in overrides} & set(schema.GROUPS)
+    overrides = tuple(str(override) for override in HydraConfig.get().overrides.task)
+    groups = {override.partition("=")[0] for override in overrides} & set(GROUPS)
     chosen = {group: composed[group] for group in groups}
     sweep = launching.sweep_at_work()
     if sweep is None:
@@ -149,18 +150,19 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text())
         sys.exit(0)
-    OmegaConf.register_new_resolver("project_root", lambda: str(schema.PROJECT), replace=True)
+    OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT), replace=True)
 
     @functools.cache  # one command is one sweep, however often Hydra asks
     def sweep_folder(runs: str, name: str | None) -> str:
         return str(sweeps.new_or_named(folder(runs), name))
 
     OmegaConf.register_new_resolver("sweep_folder", sweep_folder, replace=True)
-    schema.register()
+    register()
     # Hydra then raises what went wrong instead of printing a traceback and exiting with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        code = _run_jobs()
+        with terminable():
+            code = _run_jobs()
     finally:
         launching.end_sweep()
     sys.exit(code)
@@ -193,7 +195,7 @@ def _close_sweep(sweep: Sweep, code: int) -> None:
     try:
         close_sweep(sweep.folder, code, None if interrupted else _Console(), _say)
     except KeyboardInterrupt:
-        _say("interrupted before the comparison was written")
+        _say(f"interrupted before it was compared: python -m darwin_exp.compare {sweep.id}")
     except Exception as error:
         _say(f"the runs are safe, but they could not be compared: {error}")
     if interrupted or not set(EXIT_CODES) <= set(SETTLED):

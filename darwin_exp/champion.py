@@ -2,11 +2,12 @@
 
 Reads: a run's chronicle and summary; where its data lie.
 Writes: runs/RUN_ID/champion/, and for an ablation a folder of the same form.
-Never: leaves half a folder where a whole one was, or deletes what somebody trained in one.
+Never: leaves half a folder where a whole one was, or deletes what somebody else left in one.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -82,8 +83,9 @@ def leave_product(
     """Write a genome with its patch, a job and a README, whole or not at all.
 
     Where the folder holds this code already, only what stands beside the code is renewed, so that
-    a model trained there stays. Where it holds other code with a model trained from it, that folder
-    is kept under the name of its code.
+    a model trained there stays. A folder with other code is replaced if it is just as it was left
+    here; if anybody has trained in it, edited it or put something into it, it is kept under another
+    name.
 
     Raises:
         OSError: the folder cannot be written.
@@ -105,15 +107,14 @@ def leave_product(
         (fresh / path).parent.mkdir(parents=True, exist_ok=True)
         _write(fresh / path, text)
     (fresh / OUTPUT_FOLDER).mkdir()
-    aside = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        if before is not None and any((folder / OUTPUT_FOLDER).glob("*")):
-            aside = folder.with_name(f"{folder.name}-{before.id[:8]}")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
+    replaced = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(replaced, ignore_errors=True)  # of a process that was killed in between
+    if _is_as_left(folder, before, base):
+        folder.rename(replaced)
+    elif folder.exists():
+        folder.rename(_unused(folder, "kept" if before is None else before.id[:8]))
     fresh.rename(folder)
-    if aside.name.startswith("."):
-        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _genome_in(folder: Path) -> Genome | None:
@@ -121,6 +122,29 @@ def _genome_in(folder: Path) -> Genome | None:
         return Genome.from_folder(folder)
     except (ValueError, OSError):
         return None
+
+
+def _is_as_left(folder: Path, genome: Genome | None, base: Genome) -> bool:
+    """Tell whether a folder holds what was left there and nothing else; its patch tells what."""
+    if genome is None:
+        return False
+    found = {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
+    try:
+        patch = (folder / PATCH).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return patch == genome.patch_from(base) and found <= {*genome.as_dict, PATCH, JOB, README}
+
+
+def _unused(folder: Path, mark: str) -> Path:
+    """Return a name beside a folder that nothing has yet."""
+    marks = (f"{mark}-{k}" if k > 1 else mark for k in itertools.count(1))
+    paths = (folder.with_name(f"{folder.name}-{one}") for one in marks)
+    return next(path for path in paths if not os.path.lexists(path))
 
 
 def _write(path: Path, text: str) -> Path:
@@ -147,7 +171,6 @@ def _search_job(chronicle: Chronicle, champion: Agent) -> Event | None:
 
 def _readme(folder: Path, chronicle: Chronicle, champion: Agent, summary: Mapping[str, Any]) -> str:
     run_id = chronicle.run_id
-    at_home = folder.parent.resolve().parent == PROJECT / "runs"
     is_base = champion.is_base or champion.genome_id == chronicle.base_genome.id
     head = [
         f"# The champion of run {run_id}",
@@ -189,7 +212,7 @@ def _readme(folder: Path, chronicle: Chronicle, champion: Agent, summary: Mappin
         *_code(next_command(chronicle, folder)),
         "## Take it apart",
         "",
-        *_code(f"python -m darwin_exp.ablate {run_id if at_home else _shown(folder.parent)}"),
+        *_code(ablate_command(chronicle, folder.parent)),
         "That removes each part of the change in turn and trains again with fresh seeds, so that",
         "parts that do not pay are named.",
     ]
@@ -201,8 +224,9 @@ def _measured_lines(summary: Mapping[str, Any]) -> list[str]:
     gain: Mapping[str, Any] = summary.get("improvement") or {}
     base: Mapping[str, Any] = summary.get("baseline") or {}
     champion: Mapping[str, Any] = summary.get("champion") or {}
+    by_steps = gain.get("n_steps") is not None  # then time decided nothing
     lines = [
-        f"- At equal wall-clock: {_claim(gain)}",
+        *([] if by_steps else [f"- At equal wall-clock: {_claim(gain)}"]),
         f"- At equal steps: {_claim(gain.get('equal_steps') or {})}",
         "",
         "| | base | champion |",
@@ -246,6 +270,12 @@ def _edit_lines(edits: Sequence[Edit]) -> list[str]:
         bracket = f" ({clean(shown)})" if 0 < len(shown) <= LONGEST_PARAMETERS else ""
         lines.append(f"- `{edit.operator}` in `{edit.file}`{bracket}: {clean(edit.why)}")
     return lines or ["Nothing."]
+
+
+def ablate_command(chronicle: Chronicle, run_folder: Path) -> str:
+    """Return the command that takes a run's champion apart."""
+    at_home = run_folder.resolve().parent == PROJECT / "runs"
+    return f"python -m darwin_exp.ablate {chronicle.run_id if at_home else _shown(run_folder)}"
 
 
 def next_command(chronicle: Chronicle, genome_folder: Path) -> str:

@@ -101,7 +101,11 @@ class Chronicle:
         begun = next((event for event in events if event.kind == "run"), None)
         if begun is None:
             raise ValueError("the run had not begun: its journal holds no measurement yet")
-        retimed = {event.key: event.measured for event in events if event.kind == "retimed"}
+        retimed = {  # an individual's last counts
+            event.payload["individual_id"]: event.measured
+            for event in events
+            if event.kind == "retimed"
+        }
         agents = [_agent(event, retimed) for event in events if event.kind == "individual"]
         agents.sort(key=lambda agent: not agent.is_base)
         by_id = {agent.individual_id: agent for agent in agents}

@@ -10,10 +10,12 @@ difference holds no start-up.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from darwin_exp.fitness import Fitness
 from darwin_exp.individual import Individual, JobResult, Purpose, Status
 from darwin_exp.journal import Journal
 from darwin_exp.protocols import Event
@@ -41,6 +43,8 @@ class Closing:
         at_once: runs tasks on all slots and returns their results in order.
         n_seeds: fresh trainings of either side by the clock.
         n_equal_steps: fresh trainings of either side by the number of steps.
+        n_timings: how often rates are timed again.
+        fitness: what decides who is selected, once rates have been timed again.
         has_test: whether the data set has a test split to read.
         max_steps: the run's own number of steps; None where the clock ends a training.
     """
@@ -50,6 +54,8 @@ class Closing:
     at_once: AtOnce
     n_seeds: int
     n_equal_steps: int
+    n_timings: int
+    fitness: Fitness
     has_test: bool
     max_steps: int | None = None
 
@@ -59,51 +65,68 @@ class Closing:
         Args:
             last: the last generation; a run that is continued makes a new claim after it.
         """
+        key = f"after-g{last:02d}"
+        if self.journal.find("claim", key) is not None:
+            return  # closed before, perhaps by rules that have changed since
         ok = [one for one in archive.values() if one.fitness is not None]
         selected = max(ok, key=lambda one: (one.fitness, one is base))
         front = pareto_front(ok, ("val_perplexity", "mfu"))
         timed = {one.individual_id: one for one in (base, selected, *front)}
-        self.at_once([lambda one=one: self._retime(one) for one in timed.values()])  # type: ignore[misc]
-        key = f"after-g{last:02d}"
-        earlier = [event for event in self.journal.of_kind("claim") if event.key < key]
+        found = self._retime(base, list(timed.values()), key, "retime")
+        if self.n_timings > 1:
+            # What was selected by these timings is timed once more: they were partly luck.
+            selected = self._fittest(base, found)
+            pair = list({one.individual_id: one for one in (base, selected)}.values())
+            self._retime(base, pair, key, "retime-claim")
+        self._claim(base, selected, last, key)
+
+    # --- the claim -------------------------------------------------------------------------------
+
+    def _claim(self, base: Individual, selected: Individual, last: int, key: str) -> None:
+        """Train both afresh, read the test split, and write down what may be said of them."""
+        looks = [
+            event
+            for event in self.journal.of_kind("claim")
+            if event.payload["claim"] is not None and _generation(event.key) < last
+        ]
         why_none = self._why_no_claim(base, selected)
         steps, why_no_steps = self._equal_steps(base, selected, why_none)
         readings = [] if why_none else self._by_the_clock(base, selected, last)
         readings += [] if steps is None else self._by_steps(base, selected, last, steps)
-        scored = iter(self.at_once([lambda one=one: self._read_test(one) for one in readings]))  # type: ignore[misc]
+        scored = self.at_once([lambda one=one: self._read_test(one) for one in readings])  # type: ignore[misc]
         losses: dict[tuple[str, int | None], list[float]] = {}
         for reading, loss in zip(readings, scored, strict=True):
             seen = losses.setdefault((reading.individual.individual_id, reading.max_steps), [])
             seen += [] if loss is None else [loss]
 
-        # Each further look at the test split is held to a stricter level (Bonferroni).
-        alpha = 0.05 / (1 + len(earlier))
+        # Every look at the test split after the first is held to half the level of the one before,
+        # so that all of them together stay below twice that of one.
+        alpha = 0.05 / 2 ** len(looks)
 
         def claim(max_steps: int | None) -> dict[str, Any] | None:
-            sides = [losses.get((one.individual_id, max_steps)) for one in (base, selected)]
-            if sides[0] is None or sides[1] is None:
+            of_base = losses.get((base.individual_id, max_steps))
+            of_selected = losses.get((selected.individual_id, max_steps))
+            if of_base is None or of_selected is None:
                 return None
-            return asdict(welch(sides[0], sides[1], alpha))
+            return asdict(welch(of_base, of_selected, alpha))
 
-        sides = {"baseline_id": base.individual_id, "selected_id": selected.individual_id}
+        given = {
+            "baseline_id": base.individual_id,
+            "selected_id": selected.individual_id,
+            "earlier_claims": len(looks),
+        }
         self.journal.once(
             "equal_steps",
             key,
             lambda: ({"claim": None if steps is None else claim(steps)}, {}),
-            given={**sides, "n_steps": steps, "why_none": why_no_steps},
+            given={**given, "n_steps": steps, "why_none": why_no_steps},
         )
         self.journal.once(
             "claim",
             key,
             lambda: ({"claim": claim(None)}, {}),
-            given={
-                **sides,
-                "why_none": why_none,
-                "earlier_claims": len(earlier),  # each has read the test split before this one
-            },
+            given={**given, "why_none": why_none},
         )
-
-    # --- the claim -------------------------------------------------------------------------------
 
     def _why_no_claim(self, base: Individual, selected: Individual) -> str | None:
         if selected is base:
@@ -117,7 +140,7 @@ class Closing:
     ) -> tuple[int | None, str | None]:
         """Return how many steps both sides are to be given, or None and why not.
 
-        It is what the slower side did in the search, so that neither needs longer than it had.
+        It is what the slower side did under the clock, so that neither needs longer than it had.
         """
         if why_none is not None:
             return None, why_none
@@ -125,9 +148,7 @@ class Closing:
             return None, f"every training of this run has {self.max_steps} steps already"
         if self.n_equal_steps == 0:
             return None, "promotion.n_equal_steps=0"
-        searched = [self._search_job(one) for one in (base, selected)]
-        steps: list[int] = [event.measured["steps_claimed"] or 0 for event in searched if event]
-        fewest = min(steps, default=0)
+        fewest = min(round(self._pace(one)[0]) for one in (base, selected))
         return (fewest, None) if fewest else (None, "a side left no count of its steps")
 
     def _by_the_clock(self, base: Individual, selected: Individual, last: int) -> list[_Reading]:
@@ -142,16 +163,14 @@ class Closing:
     ) -> list[_Reading]:
         seconds = {}
         for one in (base, selected):
-            searched = self._search_job(one)
-            assert searched is not None
-            share = steps / searched.measured["steps_claimed"]
-            seconds[one.individual_id] = PATIENCE * share * searched.measured["training_seconds"]
+            searched, took = self._pace(one)
+            seconds[one.individual_id] = 1.0 + PATIENCE * took * steps / searched
         return [
             _Reading(
                 one,
                 f"{one.individual_id}/steps-{last:02d}-{k}",
                 steps,
-                1.0 + seconds[one.individual_id],
+                seconds[one.individual_id],
             )
             for k in range(self.n_equal_steps)
             for one in _turn_about(base, selected, k)
@@ -178,22 +197,79 @@ class Closing:
         scored = result.evaluation
         if scored is None or scored.status is not Status.OK:
             return None
+        if reading.max_steps not in (None, result.training.steps_claimed):
+            return None  # time ran out, or it went past the steps it was told
         if reading.max_steps is not None and result.training.stopped_at_budget:
-            return None  # it did not do its steps, or did more than it was told
+            return None
         return math.log(scored.metrics["test_perplexity"])
 
     # --- rates -----------------------------------------------------------------------------------
 
-    def _retime(self, individual: Individual) -> None:
-        """Replace an individual's claimed rate by the slope between a short and a long run."""
-        search = self._search_job(individual)
-        steps = search.measured["steps_claimed"] if search else None
-        if search is None or steps is None or individual.measured("mfu") is None:
-            return
-        most = round(LONGEST_SECONDS * steps / max(search.measured["training_seconds"], 1e-9))
+    def _retime(
+        self, base: Individual, individuals: Sequence[Individual], key: str, stage: str
+    ) -> dict[str, Individual]:
+        """Replace claimed rates by slopes between short and long runs, taken in turn.
+
+        Args:
+            key: of the closing; a run that is continued times everybody again, at one time.
+            stage: the first part of the runs' names.
+
+        Returns the individuals by name, with the rates that were found.
+        """
+        turns = [(one, k) for k in range(self.n_timings) for one in individuals]
+        timed = self.at_once(
+            [lambda one=one, k=k: self._time(one, f"{stage}-{key}-{k}") for one, k in turns]  # type: ignore[misc]
+        )
+        rounds: dict[str, list[list[JobResult]]] = {}
+        for (one, _), runs in zip(turns, timed, strict=True):
+            rounds.setdefault(one.individual_id, []).extend([runs] if runs else [])
+        quiet = _quieter_by(base, rounds.get(base.individual_id, []))
+        after = {}
+        for one in individuals:
+            name, rates = one.individual_id, {}
+            if rounds[name]:
+                event = self.journal.once(
+                    "retimed",
+                    f"{name}/{stage}-{key}",
+                    lambda one=one: ({}, self._found(one, rounds[one.individual_id], quiet)),  # type: ignore[misc]
+                    given={"individual_id": name},
+                )
+                names = ("tokens_per_second", "mfu")
+                rates = {name: event.measured[name] for name in names if name in event.measured}
+            after[name] = replace(one, rates={**one.rates, **rates})
+        return after
+
+    def _found(
+        self, individual: Individual, rounds: Sequence[Sequence[JobResult]], quiet: float
+    ) -> dict[str, Any]:
+        searched = self._searched(individual)
+        bound = searched[0].measured["details"].get("speed", {}).get("tokens_per_second_bound")
+        return retimed(individual, rounds, None if bound is None else bound * quiet)
+
+    def _fittest(self, base: Individual, timed: Mapping[str, Individual]) -> Individual:
+        """Return the fittest of those that were timed again, by what was found then.
+
+        A fitness that looks at rates would else choose whoever met the quietest machine.
+        """
+        again = timed[base.individual_id]
+
+        def fitness(one: Individual) -> tuple[float, bool]:
+            is_base = one is again
+            value = self.fitness(one.metrics, one.rates, again, is_base=is_base)
+            return (-math.inf if value is None else value, is_base)
+
+        fittest = max(timed.values(), key=fitness)
+        return base if fittest is again else fittest
+
+    def _time(self, individual: Individual, stage: str) -> list[JobResult]:
+        """Make the two runs of one timing; none where there is no rate to be replaced."""
+        steps, seconds = self._pace(individual)
+        if not steps or individual.measured("mfu") is None:
+            return []
+        most = round(LONGEST_SECONDS * steps / max(seconds, 1e-9))
         runs = []
         for what, share, fewest in RETIMINGS:
-            name = f"{individual.individual_id}/retime-{what}"
+            name = f"{individual.individual_id}/{stage}-{what}"
             trial = Trial(
                 name,
                 individual.individual_id,
@@ -204,22 +280,29 @@ class Closing:
                 max_steps=max(fewest, round(min(share * steps, share / LONG_SHARE * most))),
             )
             runs.append(self.trials.run(trial))
-        bound = search.measured["details"].get("speed", {}).get("tokens_per_second_bound")
-        self.journal.once(
-            "retimed",
-            individual.individual_id,
-            lambda: ({}, retimed(individual, runs, bound)),
-            given={"individual_id": individual.individual_id},
-        )
+        return runs
 
-    def _search_job(self, individual: Individual) -> Event | None:
-        """Return the job that scored an individual in the search."""
-        found = None
-        for event in self.journal.of_kind("job"):
-            ours = event.payload["individual_id"] == individual.individual_id
-            if ours and event.payload["split"] == "val" and event.payload["status"] == "OK":
-                found = found or event
-        return found
+    # --- what the search knows of them -----------------------------------------------------------
+
+    def _pace(self, individual: Individual) -> tuple[float, float]:
+        """Return median steps and seconds of an individual's trainings so far; 0 without a count.
+
+        The base's repeats were trained under the same load as everybody else.
+        """
+        searched = [event.measured for event in self._searched(individual)]
+        steps = [measured["steps_claimed"] or 0 for measured in searched]
+        seconds = [measured["training_seconds"] for measured in searched]
+        return (statistics.median(steps), statistics.median(seconds)) if searched else (0.0, 0.0)
+
+    def _searched(self, individual: Individual) -> list[Event]:
+        """Return the jobs that scored an individual in the search."""
+        return [
+            event
+            for event in self.journal.of_kind("job")
+            if event.payload["individual_id"] == individual.individual_id
+            and event.payload["split"] == "val"
+            and event.payload["status"] == Status.OK.value
+        ]
 
 
 @dataclass(frozen=True)
@@ -237,26 +320,53 @@ def _turn_about(base: Individual, selected: Individual, k: int) -> tuple[Individ
     return (base, selected) if k % 2 == 0 else (selected, base)
 
 
-def retimed(
-    individual: Individual, runs: Sequence[JobResult], bound: float | None
-) -> dict[str, Any]:
-    """Return tokens per second and MFU by the slope between two runs, or why there is none.
+def _generation(key: str) -> int:
+    return int(key.removeprefix("after-g"))
 
-    Args:
-        runs: the short and the long run, trained and not scored.
-        bound: the harness's own forward and backward rate with its allowance, tokens per second;
-            it bounds a re-timed rate as it bounds a claimed one.
-    """
+
+def _slopes(rounds: Sequence[Sequence[JobResult]]) -> tuple[list[float], str]:
+    """Return tokens per second by the slope of each round, and why the last bad one has none."""
     from darwin_exp.evaluation.mfu import retimed_rate
 
-    for run in runs:
-        if run.training.status is not Status.OK:
-            return {"why_none": f"{run.job_id}: {run.training.status.value}"}
-    try:
-        rate = retimed_rate(runs[0].training, runs[1].training)
-    except ValueError as error:
-        return {"why_none": str(error)}
+    rates, why_none = [], ""
+    for short, long in rounds:
+        failed = next((run for run in (short, long) if run.training.status is not Status.OK), None)
+        if failed is not None:
+            why_none = f"{failed.job_id}: {failed.training.status.value}"
+            continue
+        try:
+            rates.append(retimed_rate(short.training, long.training))
+        except ValueError as error:
+            why_none = str(error)
+    return rates, why_none
+
+
+def _quieter_by(base: Individual, rounds: Sequence[Sequence[JobResult]]) -> float:
+    """Return how much faster the machine is now than in the search, by the base; at least 1."""
+    rates, _ = _slopes(rounds)
+    before = base.rates.get("tokens_per_second")
+    return max(1.0, statistics.median(rates) / before) if rates and before else 1.0
+
+
+def retimed(
+    individual: Individual, rounds: Sequence[Sequence[JobResult]], bound: float | None
+) -> dict[str, Any]:
+    """Return median tokens per second and MFU by the slope between two runs, or why there is none.
+
+    Args:
+        rounds: of each round the short and the long run, trained and not scored.
+        bound: the rate beyond which a genome's count of its tokens is not believed: what the
+            harness found for the saved model, corrected for how quiet the machine is now.
+    """
+    rates, why_none = _slopes(rounds)
+    if not rates:
+        return {"why_none": why_none}
     if bound is not None:
-        rate = min(rate, bound)
-    mfu, believed = individual.rates["mfu"], individual.rates["tokens_per_second"]
-    return {"tokens_per_second": rate, "mfu": mfu * rate / believed}
+        rates = [min(rate, bound) for rate in rates]
+    of_rate = individual.rates["mfu"] / individual.rates["tokens_per_second"]
+    middle = statistics.median(rates)
+    return {
+        "tokens_per_second": middle,
+        "mfu": middle * of_rate,
+        "mfus": [rate * of_rate for rate in rates],
+    }

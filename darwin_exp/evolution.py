@@ -72,6 +72,7 @@ class Plan:
     n_base_repeats: int
     n_claim_seeds: int
     n_equal_steps: int
+    n_timings: int
     has_test: bool
     max_steps: int | None
 
@@ -254,6 +255,8 @@ class _Lives:
             self.at_once,
             n_seeds=plan.n_claim_seeds,
             n_equal_steps=plan.n_equal_steps,
+            n_timings=plan.n_timings,
+            fitness=parts.fitness,
             has_test=plan.has_test,
             max_steps=plan.max_steps,
         )

@@ -9,7 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from darwin_exp.config import CONF, GROUPS, PROJECT, SCHEMAS, DarwinConfig
+from darwin_exp.config import CONF, PROJECT
+from darwin_exp.schema import GROUPS, SCHEMAS, DarwinConfig
 
 
 def variants(group: str) -> dict[str, str]:

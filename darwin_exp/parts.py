@@ -17,9 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from darwin_exp import config as schema
-from darwin_exp import execution
-from darwin_exp.config import PROJECT, ConfigError, DarwinConfig
+from darwin_exp import execution, schema
+from darwin_exp.config import PROJECT, ConfigError
 from darwin_exp.evolution import Plan
 from darwin_exp.fitness import Fitness, MfuFitness, PerplexityFitness, WeightedFitness
 from darwin_exp.individual import (
@@ -46,10 +45,12 @@ from darwin_exp.protocols import (
     SandboxUnavailable,
     Selector,
 )
+from darwin_exp.schema import DarwinConfig
 from darwin_exp.selection import NSGA2, RandomSelection, Roulette, Tournament, Truncation
 from data import DataError, DatasetRequest, DataUnavailable, prepare, read_meta, verify
 
 Announce = Callable[[str], None]
+CONTEXT_WARM_UP = "context warm-up"  # what an edit is about, as mutator.without takes it
 MOST_SLOTS_BY_DEFAULT = 2
 
 
@@ -96,6 +97,7 @@ def prepare_workshop(
     """
     _check_folders(config)
     _anchor_paths(config)
+    _leave_out_what_bends_mfu(config)
     mutator = build_mutator(config.mutator)
     build_selector(config.selection)
     build_fitness(config.fitness)
@@ -244,6 +246,7 @@ def build_plan(config: DarwinConfig, data: DataSpec) -> Plan:
         n_base_repeats=config.base.n_repeats,
         n_claim_seeds=config.promotion.n_seeds,
         n_equal_steps=config.promotion.n_equal_steps,
+        n_timings=config.fitness.n_timings,
         max_steps=config.max_steps,
         has_test=read_meta(data.folder).splits["test"].tokens > config.trainer.context_length,
     )
@@ -315,6 +318,20 @@ def _anchor_paths(config: DarwinConfig) -> None:
         config.dataset.path = str(Path(config.dataset.path).expanduser().resolve())
     if isinstance(config.mutator, schema.ScriptedConfig):
         config.mutator.file = str(Path(config.mutator.file).expanduser().resolve())
+
+
+def _leave_out_what_bends_mfu(config: DarwinConfig) -> None:
+    """Keep an edit out of searches for MFU that its rule would flatter.
+
+    Every token is counted with the attention of the whole context, which training that begins with
+    short sequences does not do.
+    """
+    if config.fitness.name == "perplexity" or not isinstance(
+        config.mutator, schema.OperatorsConfig
+    ):
+        return
+    if CONTEXT_WARM_UP not in config.mutator.without:
+        config.mutator.without = [*config.mutator.without, CONTEXT_WARM_UP]
 
 
 def _check_device(box: schema.SandboxConfig) -> None:

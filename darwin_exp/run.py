@@ -27,8 +27,6 @@ from darwin_exp.champion import leave_champion
 from darwin_exp.chronicle import Chronicle
 from darwin_exp.config import (
     ConfigError,
-    DarwinConfig,
-    Scope,
     as_yaml,
     from_yaml,
     leaves,
@@ -41,6 +39,7 @@ from darwin_exp.journal import Journal, JournalError
 from darwin_exp.parts import Workshop, folder
 from darwin_exp.protocols import Event, Interrupted, Tracker
 from darwin_exp.report import write_from
+from darwin_exp.schema import DarwinConfig, Scope
 from darwin_exp.sweep import Overrides, enlist
 from darwin_exp.tracking import MlflowTracker, NullTracker, store_of
 from darwin_exp.trials import Bench, Broken, Trials
@@ -237,7 +236,7 @@ class _Session:
         """Evolve until the end, a cap or an interruption, and leave a truthful summary."""
         tracker = self._tracker()
         status = summaries.FAILED
-        with self.watch, _terminable():
+        with self.watch:
             try:
                 self._begin()
                 self.journal.listen(tracker.follow)
@@ -253,6 +252,8 @@ class _Session:
             with _uninterrupted(self._held_off):
                 summary = self._end(status, tracker)
                 self.watch.finished(summary)
+                if self.message and self._held_off:
+                    self.watch.note(self.message)
         if self._held_off and self.command.sweep_folder is not None:
             raise KeyboardInterrupt  # this run has ended as it would have; its sweep must not go on
         if self.message:
@@ -446,8 +447,8 @@ def _write(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end a run as Ctrl-C does: resumable, and with nothing left running."""
+def terminable() -> Iterator[None]:
+    """Let SIGTERM end runs and sweeps as Ctrl-C does: resumable, with nothing left running."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
         raise KeyboardInterrupt

@@ -13,6 +13,7 @@ from typing import Any
 
 from darwin_exp.individual import Purpose, Status
 from darwin_exp.protocols import Event
+from darwin_exp.statistics import welch
 
 FINISHED, INTERRUPTED, STOPPED, FAILED = "finished", "interrupted", "stopped", "failed"
 OK, NONE_OK, WRONG, LOST, CAPPED, BY_SIGNAL = 0, 1, 2, 3, 4, 130
@@ -100,7 +101,11 @@ def _sides(
     by_id = {event.payload["individual_id"]: event for event in individuals}
     base = next((event for event in individuals if event.payload["editor_id"] is None), None)
     selected = by_id.get(closing.payload["selected_id"]) if closing else None
-    retimed = {event.key: event.measured for event in events if event.kind == "retimed"}
+    retimed = {  # an individual's last counts
+        event.payload["individual_id"]: event.measured
+        for event in events
+        if event.kind == "retimed"
+    }
     jobs = [event for event in events if event.kind == "job"]
     sides = {
         name: None if event is None else _side(event, jobs, retimed, closing)
@@ -109,8 +114,11 @@ def _sides(
     improvement = _improvement(closing, sides)
     run = next(event for event in events if event.kind == "run")
     steps = run.payload.get("config", {}).get("max_steps")
+    improvement["n_steps"] = steps  # then time decided nothing, and both claims are one
     improvement["equal_steps"] = (
-        {**improvement, "n_steps": steps} if steps else _at_steps(_last(events, "equal_steps"))
+        _claim_of_steps(improvement, closing, jobs)
+        if steps
+        else _at_steps(_last(events, "equal_steps"))
     )
     return {**sides, "improvement": improvement}
 
@@ -149,6 +157,7 @@ def _side(
         "test_perplexity": mean_log("test_perplexity"),
         "mfu": event.measured["rates"].get("mfu") if mfu is None else mfu,
         "mfu_retimed": mfu is not None,
+        "mfus_retimed": (retimed.get(name) or {}).get("mfus"),
         "replicates": sum(job.payload["purpose"] == "claim" for job in ours),
     }
 
@@ -156,18 +165,48 @@ def _side(
 def _improvement(closing: Event | None, sides: Mapping[str, Any]) -> dict[str, Any]:
     claim = (closing.payload["claim"] if closing else None) or {}
     base, champion = sides["baseline"], sides["champion"]
-    mfu_percent = None
-    if claim and base and champion and base["mfu_retimed"] and champion["mfu_retimed"]:
-        mfu_percent = 100 * (champion["mfu"] / base["mfu"] - 1)
     return {
         "perplexity_percent": claim.get("perplexity_percent"),
-        "mfu_percent": mfu_percent,
+        **_mfu_gain(base, champion, is_claimed=bool(claim)),
         "ci95": claim.get("ci95"),
         "p_value": claim.get("p_value"),
         "significant": claim.get("significant"),
         "why_none": closing.payload["why_none"] if closing else "the run has not been closed",
         "earlier_claims": closing.payload.get("earlier_claims") if closing else None,
     }
+
+
+def _claim_of_steps(
+    improvement: Mapping[str, Any], closing: Event | None, jobs: Sequence[Event]
+) -> dict[str, Any]:
+    """Return the claim of a run by steps as one at equal steps, if each training did its steps."""
+    told = {name: value for name, value in improvement.items() if name != "equal_steps"}
+    last = "" if closing is None else f"/claim-{closing.key.removeprefix('after-g')}-"
+    done = [job.measured.get("steps_claimed") for job in jobs if last and last in job.key]
+    if any(steps != improvement["n_steps"] for steps in done):
+        nothing = dict.fromkeys(("perplexity_percent", "ci95", "p_value", "significant"))
+        return {**told, **nothing, "why_none": "not every training did all of its steps"}
+    return told
+
+
+def _mfu_gain(
+    base: Mapping[str, Any] | None, champion: Mapping[str, Any] | None, is_claimed: bool
+) -> dict[str, Any]:
+    """Return the change of re-timed MFU in percent, with an interval where both have several."""
+    gain: dict[str, Any] = {"mfu_percent": None, "mfu_ci95": None, "mfu_p_value": None}
+    if not (is_claimed and base and champion and base["mfu_retimed"] and champion["mfu_retimed"]):
+        return gain
+    gain["mfu_percent"] = 100 * (champion["mfu"] / base["mfu"] - 1)
+    sides = [[math.log(mfu) for mfu in side["mfus_retimed"] or ()] for side in (base, champion)]
+    claim = welch(sides[0], sides[1])  # of timings that did not choose the champion
+    if claim.perplexity_percent is not None and claim.ci95 is not None:
+        low, high = claim.ci95  # of how much lower the champion's is
+        gain |= {
+            "mfu_percent": -claim.perplexity_percent,
+            "mfu_ci95": [-high, -low],
+            "mfu_p_value": claim.p_value,
+        }
+    return gain
 
 
 def _at_steps(closing: Event | None) -> dict[str, Any] | None:
@@ -182,6 +221,7 @@ def _at_steps(closing: Event | None) -> dict[str, Any] | None:
         "replicates": min(claim["n_base"], claim["n_selected"]) if claim else None,
         "n_steps": closing.payload["n_steps"],
         "why_none": closing.payload["why_none"],
+        "earlier_claims": closing.payload.get("earlier_claims"),
     }
 
 

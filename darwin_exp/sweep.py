@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from darwin_exp.config import ConfigError
-from darwin_exp.journal import JournalError, load
+from darwin_exp.journal import FILE_NAME, JournalError, load
 
 LATEST = "latest"
 PLAN, RUNS = "sweep.json", "runs.jsonl"
@@ -68,10 +69,8 @@ def new_or_named(runs: Path, name: str | None) -> Path:
     if name is not None:
         return sweeps / name
     stamp = time.strftime("%y%m%d-%H%M%S")
-    fresh, n = sweeps / stamp, 1
-    while fresh.exists():
-        fresh, n = sweeps / f"{stamp}-{n}", n + 1
-    return fresh
+    # Two that are started in one second get two folders.
+    return sweeps / f"{stamp}-{secrets.token_hex(2)}"
 
 
 def find(runs: Path, name: str) -> Path:
@@ -117,13 +116,15 @@ class Sweep:
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder = folder
         self.plan = plan
-        before = read_plan(folder)
-        if before is not None:
-            _refuse_other_jobs(folder.name, before, plan)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(folder / "sweep.lock")
-            _write(folder / PLAN, _as_json(plan))
+            try:
+                self._refuse_other_jobs()
+                _write(folder / PLAN, _as_json(plan))
+            except BaseException:
+                self._lock.close()
+                raise
         except OSError as error:
             raise ConfigError(
                 f"{folder}: {error.strerror}; choose another folder with paths.runs=FOLDER"
@@ -132,6 +133,24 @@ class Sweep:
     @property
     def id(self) -> str:
         return self.folder.name
+
+    def _refuse_other_jobs(self) -> None:
+        """Refuse to go on with fewer or other jobs than the sweep has; more may join."""
+        before = read_plan(self.folder)
+        if before is None:
+            if (self.folder / PLAN).exists():
+                raise ConfigError(
+                    f"{self.folder / PLAN} is damaged, and says no more which jobs the sweep has; "
+                    "delete it to go on with the jobs of this command"
+                )
+            return
+        left_out = [job for job in before.jobs if job not in self.plan.jobs]
+        if left_out:
+            raise ConfigError(
+                f"sweep={self.id}: {len(left_out)} of its {len(before.jobs)} jobs, such as "
+                f"{before.label(left_out[0])}, are not among those of this command; type the same "
+                f"command, or one that adds seeds or settings to it: {before.command}"
+            )
 
     def run_of(self, job: Overrides) -> Path | None:
         """Return the folder of the newest run that a job became; None where it has none."""
@@ -166,7 +185,8 @@ def enlist(folder: Path, run_folder: Path, command: str, job: Overrides) -> None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / RUNS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            # A crash may have left half a line, with which this one must not run together.
+            file.write("\n" + json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -190,7 +210,8 @@ def members(folder: Path) -> list[Member]:
             job = frozenset(map(str, told["job"]))
         except (ValueError, KeyError, TypeError):
             continue
-        if (run_folder / "config.yaml").is_file():
+        # Without a journal nothing of it can be gone on with.
+        if (run_folder / "config.yaml").is_file() and (run_folder / FILE_NAME).is_file():
             found.append(Member(run_folder, job))
     return found
 
@@ -211,18 +232,6 @@ def exit_code_of(run_folder: Path) -> int | None:
     return int(last.payload["exit_code"])
 
 
-def _refuse_other_jobs(name: str, before: Plan, now: Plan) -> None:
-    """Refuse to go on with fewer or other jobs than the sweep has; more may join."""
-    left_out = [job for job in before.jobs if job not in now.jobs]
-    if not left_out:
-        return
-    raise ConfigError(
-        f"sweep={name}: {len(left_out)} of its {len(before.jobs)} jobs, such as "
-        f"{before.label(left_out[0])}, are not among those of this command; type the same command, "
-        f"or one that adds seeds or settings to it: {before.command}"
-    )
-
-
 def _as_json(plan: Plan) -> str:
     told = {**asdict(plan), "jobs": [sorted(job) for job in plan.jobs]}
     return json.dumps(told, indent=2) + "\n"
@@ -230,7 +239,10 @@ def _as_json(plan: Plan) -> str:
 
 def _write(path: Path, text: str) -> None:
     fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(text, encoding="utf-8")
+    with fresh.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     fresh.replace(path)
 
 

@@ -52,13 +52,27 @@ def closing_table(summary: Mapping[str, Any]) -> RenderableType:
     table.add_row("replicates", *(number(side.get("replicates"), 4) for side in (base, best)), "")
     return Group(
         table,
-        *(_claim(gain, "equal time"), _claim(at_steps, _steps(at_steps))),
+        *([] if gain.get("n_steps") else [_claim(gain, "equal time")]),
+        _claim(at_steps, _steps(at_steps)),
+        *_mfu_claim(gain),
         Text(),
         _counts(summary),
         _costs(summary),
         Text(),
         *_where_next(summary, run_id),
     )
+
+
+def _mfu_claim(gain: Mapping[str, Any]) -> list[Text]:
+    """Say the change of MFU with its interval, where it was timed often enough for one."""
+    percent, interval, p_value = (gain.get(k) for k in ("mfu_percent", "mfu_ci95", "mfu_p_value"))
+    if percent is None or interval is None or p_value is None:
+        return []
+    words = (
+        f"mfu, timed again: {percent:+.2f} %, 95 % interval {interval[0]:+.2f} to "
+        f"{interval[1]:+.2f} %, p = {p_value:.2g}"
+    )
+    return [Text(words, style="green" if p_value < 0.05 and percent > 0 else "")]
 
 
 def _steps(at_steps: Mapping[str, Any]) -> str:

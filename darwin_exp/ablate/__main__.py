@@ -20,8 +20,8 @@ from rich.console import Console
 
 from darwin_exp import parts as workshop_of
 from darwin_exp.ablate.display import Display
-from darwin_exp.ablate.surroundings import find_run, prepare, read_run
-from darwin_exp.ablate.work import ALSO_UNCLEAR, DEFAULT_SEEDS, WORTHLESS, Ablation
+from darwin_exp.ablate.surroundings import find_run, prepare, read_run, refuse_to_drop
+from darwin_exp.ablate.work import ALSO_UNCLEAR, DEFAULT_SEEDS, KEEP_ALL, WORTHLESS, Ablation
 from darwin_exp.config import PROJECT, ConfigError
 from darwin_exp.journal import Divergence, Journal, JournalError
 from darwin_exp.protocols import Interrupted
@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _ablate(chosen: argparse.Namespace, display: Display) -> int:
     run_folder = find_run(chosen.run, chosen.runs)
     chronicle, champion = read_run(run_folder)
+    if chosen.drop != KEEP_ALL:
+        refuse_to_drop(chronicle)
     folder = run_folder / "ablation"
     workshop = prepare(run_folder, chronicle, display.note)
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -95,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     dropping.add_argument(
         "--drop",
         action="store_const",
+        default=KEEP_ALL,
         const=WORTHLESS,
         help="also train the champion without the parts that cost or came out worthless, against "
         "the whole one, and leave it in RUN/ablation/pruned/",
@@ -103,8 +106,10 @@ def _parser() -> argparse.ArgumentParser:
         "--drop-unclear",
         dest="drop",
         action="store_const",
+        default=KEEP_ALL,
         const=ALSO_UNCLEAR,
-        help="the same without every part that was not shown to pay",
+        help="the same without every part that was not shown to pay; either is for runs whose "
+        "fitness is perplexity, and is asked for anew each time",
     )
     parser.add_argument(
         "--runs",

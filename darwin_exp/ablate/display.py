@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from darwin_exp.ablate.verdicts import PERPLEXITY
 from darwin_exp.wording import clean, number
 
 STYLES = {"pays": "green", "costs": "red", "fails": "yellow"}
@@ -129,10 +130,19 @@ def closing_table(summary: Mapping[str, Any]) -> RenderableType:
             Text(part["verdict"], style=STYLES.get(part["verdict"], "")),
         )
     sides = (
-        f"Perplexity on {summary['split']}: base {number(base['perplexity'])} (n={base['n']}), "
-        f"champion {number(champion['perplexity'])} (n={champion['n']}). What a part contributes "
-        "is how much lower the champion's perplexity is than without it, with the part's own 95 % "
-        "interval; the verdicts allow for how many parts are compared (Holm), so that an interval "
-        "just beside zero can be unclear."
+        f"Perplexity on {summary['split']}: base {_side(base)}, champion {_side(champion)}. What a "
+        "part contributes is how much lower the champion's perplexity is than without it, with the "
+        "part's own 95 % interval; the verdicts allow for how many parts are compared (Holm), so "
+        "that an interval just beside zero can be unclear."
     )
+    if summary["fitness"] != PERPLEXITY:
+        sides += (
+            f" The run's fitness is {clean(summary['fitness'])}: what a part contributes to that, "
+            "beyond perplexity, is not measured here."
+        )
     return Group(table, Text(sides))
+
+
+def _side(side: Mapping[str, Any]) -> str:
+    note = f"; {clean(side['note'])}" if side["note"] else ""
+    return f"{number(side['perplexity'])} (n={side['n']}{note})"

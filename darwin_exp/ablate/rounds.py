@@ -6,12 +6,12 @@ Never: lets one variant always go first, or on the same slot.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from darwin_exp.ablate.display import Display
-from darwin_exp.ablate.verdicts import Sample
+from darwin_exp.ablate.verdicts import Sample, fails_for_good
 from darwin_exp.individual import Genome, JobResult, Purpose, Status
 from darwin_exp.journal import Journal
 from darwin_exp.protocols import Interrupted
@@ -48,49 +48,61 @@ class Rounds:
     def train(self, arms: Sequence[Arm]) -> dict[str, Sample]:
         """Return what came of each arm, by its genome's id.
 
-        One that fails with its first seed is not trained again: what its code does wrong, it does
-        every time.
+        All trainings stand in one row, seed by seed, so that no slot idles while others work. An
+        arm that has failed for good is not trained with its further seeds.
 
         Raises:
             Interrupted, KeyboardInterrupt: somebody stopped it.
             Broken: nothing can be trained here any more.
         """
         self.display.expect(self.n_seeds * len(arms))
-        results: dict[str, list[JobResult]] = {arm.genome.id: [] for arm in arms}
-        self._train(arms, range(1), results)
-        alive = [arm for arm in arms if not _has_failed(results[arm.genome.id][0])]
-        self.display.expect(-(self.n_seeds - 1) * (len(arms) - len(alive)))
-        self._train(alive, range(1, self.n_seeds), results)
-        return {genome_id: Sample.of(ended, self.split) for genome_id, ended in results.items()}
+        ended: dict[str, dict[int, JobResult]] = {arm.genome.id: {} for arm in arms}
+        # The last of all may have no neighbour, and so a quieter machine. The rounds are turned so
+        # that it is the first arm's: the base's, with which no part is compared.
+        order = [
+            (arm, seed)
+            for seed in range(self.n_seeds)
+            for arm in _turned(arms, seed + 2 - self.n_seeds)
+        ]
+        tasks = [self._task(arm, seed, ended[arm.genome.id]) for arm, seed in order]
+        at_once(tasks, self.n_slots, self.trials.stop)
+        return {
+            genome_id: Sample.of(_counted(by_seed), self.split)
+            for genome_id, by_seed in ended.items()
+        }
 
-    def _train(
-        self, arms: Sequence[Arm], seeds: range, results: dict[str, list[JobResult]]
-    ) -> None:
-        order = [(arm, seed) for seed in seeds for arm in _turned(arms, seed)]
-        tasks = [self._task(arm, seed) for arm, seed in order]
-        ended = at_once(tasks, self.n_slots, self.trials.stop)
-        for (arm, _), result in zip(order, ended, strict=True):
-            results[arm.genome.id].append(result)
-
-    def _task(self, arm: Arm, seed: int) -> Callable[[], JobResult]:
+    def _task(self, arm: Arm, seed: int, ended: dict[int, JobResult]) -> Callable[[], None]:
+        """Return the training of an arm with a seed, which puts its result among those ended."""
         place = f"{self.champion_id}/{arm.name}/{seed}"
         name = f"ablation/{place}"  # a name of its own, and so a seed of its own
         whose = BASE_ID if arm.name == BASE else f"{self.champion_id}/{arm.name}"
         trial = Trial(name, whose, Purpose.CLAIM, arm.genome, self.split, f"trainings/{place}")
 
-        def train() -> JobResult:
+        def train() -> None:
+            if fails_for_good(_counted(ended)):
+                self.display.expect(-1)
+                return
             recorded = self.journal.find("job", name) is not None
-            result = self.trials.run(trial)
+            result = ended[seed] = self.trials.run(trial)
             self.display.trained(arm.name, seed, _in_words(result, self.split), recorded)
-            return result
 
         return train
 
 
-def at_once(
-    tasks: Sequence[Callable[[], JobResult]], n_slots: int, stop: Callable[[], None]
-) -> list[JobResult]:
-    """Carry out tasks on as many threads as there are slots; results in the tasks' order.
+def _counted(ended: Mapping[int, JobResult]) -> list[JobResult]:
+    """Return an arm's results by seed, up to the first that is missing or the last that counts.
+
+    A seed that was begun beside the one that decided does not count, so that the same results
+    mean the same whatever was trained side by side.
+    """
+    counted: list[JobResult] = []
+    while len(counted) in ended and not fails_for_good(counted):
+        counted.append(ended[len(counted)])
+    return counted
+
+
+def at_once(tasks: Sequence[Callable[[], object]], n_slots: int, stop: Callable[[], None]) -> None:
+    """Carry out tasks, begun in their order, on as many threads as there are slots.
 
     Once one of them fails, or somebody interrupts, no other is begun and `stop` ends those that
     are under way.
@@ -100,11 +112,11 @@ def at_once(
     """
     failures: list[BaseException] = []
 
-    def guarded(task: Callable[[], JobResult]) -> JobResult:
+    def guarded(task: Callable[[], object]) -> None:
         if failures:
             raise Interrupted
         try:
-            return task()
+            task()
         except BaseException as failure:
             failures.append(failure)
             raise
@@ -119,17 +131,12 @@ def at_once(
             stop()
     if failures:
         raise failures[0]
-    return [future.result() for future in futures]
 
 
 def _turned(arms: Sequence[Arm], by: int) -> list[Arm]:
     """Return the arms, beginning elsewhere each time."""
     k = by % len(arms) if arms else 0
     return [*arms[k:], *arms[:k]]
-
-
-def _has_failed(result: JobResult) -> bool:
-    return result.outcome.status not in (Status.OK, Status.INFRA_LOST)
 
 
 def _in_words(result: JobResult, split: str) -> str:

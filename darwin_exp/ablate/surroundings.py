@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from darwin_exp import parts as workshop_of
+from darwin_exp.ablate.verdicts import PERPLEXITY
 from darwin_exp.chronicle import Agent, Chronicle
-from darwin_exp.config import PROJECT, ConfigError, DarwinConfig, MutatorConfig, from_yaml, leaves
+from darwin_exp.config import PROJECT, ConfigError, from_yaml, leaves
 from darwin_exp.guidance import explain
 from darwin_exp.journal import JournalError
 from darwin_exp.parts import Workshop
+from darwin_exp.schema import DarwinConfig, MutatorConfig
 
 
 def find_run(name: str, runs: Path = PROJECT / "runs") -> Path:
@@ -54,6 +56,21 @@ def read_run(run_folder: Path) -> tuple[Chronicle, Agent]:
     if champion.genome_id == chronicle.base_genome.id:
         raise ConfigError(f"{run_id}: its champion is the base, so there is nothing to take apart")
     return chronicle, champion
+
+
+def fitness_of(chronicle: Chronicle) -> str:
+    """Return the name of what a run selected by."""
+    return str(chronicle.config.get("fitness.name", PERPLEXITY))
+
+
+def refuse_to_drop(chronicle: Chronicle) -> None:
+    """Raise ConfigError where what parts contribute to perplexity does not say if they may go."""
+    fitness = fitness_of(chronicle)
+    if fitness != PERPLEXITY:
+        raise ConfigError(
+            f"{chronicle.run_id}: its fitness is {fitness} and an ablation measures perplexity "
+            "only, which cannot tell what may be dropped; take it apart without --drop"
+        )
 
 
 def prepare(run_folder: Path, chronicle: Chronicle, announce: Callable[[str], None]) -> Workshop:

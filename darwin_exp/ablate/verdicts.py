@@ -16,7 +16,9 @@ from darwin_exp.individual import JobResult, Status
 from darwin_exp.statistics import geometric_mean, welch
 
 PAYS, UNCLEAR, COSTS, FAILS = "pays", "unclear", "costs", "fails"
+PERPLEXITY = "perplexity"  # the fitness that an ablation can judge parts by
 ALPHA = 0.05
+HOPELESS = (Status.CRASHED, Status.INVALID)
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,16 @@ class Sample:
     Attributes:
         log_perplexities: of the trainings that were scored.
         n_lost: trainings that were lost by our own fault.
-        failure: the first failure that was the code's own; empty where there was none.
+        n_failed: trainings that failed by the code's own fault.
+        failure: the first of these; empty where there was none.
+        fails: whether the variant has failed for good.
     """
 
     log_perplexities: tuple[float, ...] = ()
     n_lost: int = 0
+    n_failed: int = 0
     failure: str = ""
+    fails: bool = False
 
     @classmethod
     def of(cls, results: Sequence[JobResult], split: str) -> Sample:
@@ -45,7 +51,8 @@ class Sample:
                 lost += 1
             else:
                 failures.append(f"{outcome.status.value}: {outcome.message}".rstrip(": "))
-        return cls(tuple(ok), lost, failures[0] if failures else "")
+        first = failures[0] if failures else ""
+        return cls(tuple(ok), lost, len(failures), first, fails_for_good(results))
 
     @property
     def n(self) -> int:
@@ -54,6 +61,30 @@ class Sample:
     @property
     def perplexity(self) -> float | None:
         return geometric_mean([math.exp(value) for value in self.log_perplexities])
+
+    @property
+    def troubles(self) -> str:
+        """What went wrong with some of its trainings, in words; empty where nothing did."""
+        words = []
+        if self.n_failed:
+            n_ended = self.n + self.n_failed + self.n_lost
+            words.append(f"{self.n_failed} of {n_ended} trainings failed: {self.failure}")
+        if self.n_lost:
+            words.append(f"{self.n_lost} of its trainings lost")
+        return "; ".join(words)
+
+
+def fails_for_good(results: Sequence[JobResult]) -> bool:
+    """Tell whether what came of a variant's trainings, in their order, shows that it fails.
+
+    Code that crashes or breaks the contract before it was ever scored does so every time. Running
+    out of time or memory, or past a check, can be a single training's bad luck: it takes two.
+    """
+    failed = [one for one in results if one.outcome.status not in (Status.OK, Status.INFRA_LOST)]
+    if len(failed) > 1:
+        return True
+    was_scored = any(one.outcome.status is Status.OK for one in results)
+    return bool(failed) and not was_scored and failed[0].outcome.status in HOPELESS
 
 
 @dataclass(frozen=True)
@@ -97,11 +128,12 @@ def judge(parts: Sequence[Part], without: Mapping[str, Sample], champion: Sample
     """Return what was found about each part, the largest contribution first.
 
     A part pays where the champion is better with it, costs where it is worse with it: its 95 %
-    interval must lie above (below) zero and, because as many comparisons are made as there are
-    parts, its p-value must hold after Holm's correction over all of them. So at most one ablation
-    in twenty calls any part that does nothing by one of these names, and a part whose own interval
-    excludes zero can still be unclear. Everything else is unclear: it may contribute something or
-    nothing. A part fails where the champion cannot be trained without it.
+    interval must lie above (below) zero and, because many comparisons are made, its p-value must
+    hold after Holm's correction over all of them (a part without which the program is the same is
+    none of them). So at most one ablation in twenty calls any part that does nothing by one of
+    these names, and a part whose own interval excludes zero can still be unclear. Everything else
+    is unclear: it may contribute something or nothing. A part fails where the champion cannot be
+    trained without it; see `fails_for_good`.
     Source: S. Holm 1979, "A simple sequentially rejective multiple test procedure".
 
     Args:
@@ -130,21 +162,16 @@ def judge(parts: Sequence[Part], without: Mapping[str, Sample], champion: Sample
 
 def _measured(part: Part, sample: Sample | None, champion: Sample) -> Finding:
     """Return what was measured of a part; a part that fails is known by now, the rest unclear."""
-    if part.same:  # equal by construction, so there is nothing to measure
+    if part.same:  # equal by construction: there is nothing to compare, nor to correct for
         return Finding(
-            part, champion.n, champion.perplexity, 0.0, (0.0, 0.0), 1.0, UNCLEAR, part.note
+            part, champion.n, champion.perplexity, 0.0, (0.0, 0.0), None, UNCLEAR, part.note
         )
-    failure = part.flaw or (sample.failure if sample and sample.n < 2 else "")
-    if failure:
-        note = "; ".join(filter(None, (part.note, failure)))
-        return Finding(part, sample.n if sample else 0, None, None, None, None, FAILS, note)
     sample = sample or Sample()
+    if part.flaw or sample.fails:
+        note = "; ".join(filter(None, (part.note, part.flaw or sample.troubles)))
+        return Finding(part, sample.n, None, None, None, None, FAILS, note)
     claim = welch(sample.log_perplexities, champion.log_perplexities)
-    notes = [part.note]
-    if sample.failure:
-        notes.append(f"some of its trainings failed: {sample.failure}")
-    if sample.n_lost:
-        notes.append(f"{sample.n_lost} of its trainings lost")
+    notes = [part.note, sample.troubles]
     if claim.p_value is None:
         notes.append("too few trainings to compare")
     return Finding(
@@ -179,8 +206,13 @@ def droppable(findings: Sequence[Finding], also_unclear: bool = False) -> list[s
     ]
 
 
-def advice(findings: Sequence[Finding]) -> str:
-    """Say in one sentence what could be dropped."""
+def advice(findings: Sequence[Finding], fitness: str = PERPLEXITY) -> str:
+    """Say in one sentence what could be dropped; nothing, where fitness is not perplexity alone."""
+    if fitness != PERPLEXITY:
+        return (
+            f"Contributions are of perplexity only, and the run's fitness is {fitness}: no part is "
+            "named that could be dropped."
+        )
     names = droppable(findings)
     unclear = [f.part.name for f in findings if f.verdict == UNCLEAR and f.part.name not in names]
     said = (

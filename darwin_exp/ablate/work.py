@@ -18,7 +18,8 @@ from darwin_exp import parts as workshop_of
 from darwin_exp.ablate.display import Display
 from darwin_exp.ablate.dissection import Dissection, take_apart
 from darwin_exp.ablate.rounds import BASE, Arm, Rounds
-from darwin_exp.ablate.verdicts import Finding, Sample, advice, droppable, judge
+from darwin_exp.ablate.surroundings import fitness_of
+from darwin_exp.ablate.verdicts import PERPLEXITY, Finding, Sample, advice, droppable, judge
 from darwin_exp.champion import job_file, leave_product
 from darwin_exp.chronicle import Agent, Chronicle
 from darwin_exp.config import ConfigError
@@ -43,7 +44,7 @@ class Ablation:
 
     Args:
         asked_seeds: trainings of each variant; None takes what was asked for last, else 4.
-        asked_drop: what may be dropped, one of the three above; None as with the seeds.
+        drop: what may be dropped, one of the three above. Only what is asked for now counts.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Ablation:
         folder: Path,
         display: Display,
         asked_seeds: int | None = None,
-        asked_drop: str | None = None,
+        drop: str = KEEP_ALL,
     ) -> None:
         self.chronicle, self.champion, self.workshop = chronicle, champion, workshop
         self.journal, self.folder, self.display = journal, folder, display
@@ -76,9 +77,9 @@ class Ablation:
             sandbox=box,
             run_folder=folder,
         )
-        asked = self._asked(asked_seeds, asked_drop)
-        self.n_seeds: int = asked["n_seeds"]
-        self.drop: str = asked["drop"]
+        self.n_seeds = self._asked(asked_seeds)
+        self.drop = drop
+        self.fitness = fitness_of(chronicle)
         self.dissection = self._dissect()
 
     def work(self, executor: Executor) -> int:
@@ -101,13 +102,14 @@ class Ablation:
         )
         samples = rounds.train(self._arms())
         champion = samples[self.dissection.champion.id]
-        if champion.n < 2 and champion.failure:
-            raise ConfigError(f"{self.chronicle.run_id}: its champion fails: {champion.failure}")
+        if champion.n < 2 and champion.n_failed:
+            raise ConfigError(f"{self.chronicle.run_id}: its champion: {champion.troubles}")
         findings = judge(self.dissection.parts, samples, champion)
         pruned, sentence, lost = self._prune(rounds, findings, samples)
         summary = self._summary(findings, samples, pruned)
         _write(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        self.display.finished(summary, list(filter(None, [advice(findings), sentence])))
+        sentences = [advice(findings, self.fitness), sentence]
+        self.display.finished(summary, list(filter(None, sentences)))
         return LOST if lost or any(sample.n_lost for sample in samples.values()) else OK
 
     def title(self) -> list[str]:
@@ -127,21 +129,18 @@ class Ablation:
 
     # --- what was decided ------------------------------------------------------------------------
 
-    def _asked(self, n_seeds: int | None, drop: str | None) -> Mapping[str, Any]:
-        """Return what was asked for now, or else the last time, and record it if it is new."""
+    def _asked(self, n_seeds: int | None) -> int:
+        """Return the seeds asked for now, or else the last time, and record what is new."""
         earlier = [
             event.payload
             for event in self.journal.of_kind("asked")
             if event.payload["champion_id"] == self.name
         ]
-        last: Mapping[str, Any] = earlier[-1] if earlier else {}
-        wanted = {
-            "champion_id": self.name,
-            "n_seeds": n_seeds or last.get("n_seeds", DEFAULT_SEEDS),
-            "drop": drop or last.get("drop", KEEP_ALL),
-        }
+        last: int | None = earlier[-1]["n_seeds"] if earlier else None
+        wanted = n_seeds or last or DEFAULT_SEEDS
         if wanted != last:
-            self.journal.append("asked", str(len(self.journal.of_kind("asked"))), wanted)
+            key = str(len(self.journal.of_kind("asked")))
+            self.journal.append("asked", key, {"champion_id": self.name, "n_seeds": wanted})
         return wanted
 
     def _dissect(self) -> Dissection:
@@ -189,8 +188,8 @@ class Ablation:
         """
         dropped = droppable(findings, also_unclear=self.drop == ALSO_UNCLEAR)
         if self.drop == KEEP_ALL or not dropped:
-            hint = "The same command with --drop trains the champion without them."
-            return None, hint if dropped else "", False
+            hint = "With --drop the same command trains the champion without them."
+            return None, hint if dropped and self.fitness == PERPLEXITY else "", False
         dissection = self.dissection
         genome, taken = dissection.rebuild(dropped)
         dropped = [*dropped, *taken]
@@ -254,15 +253,16 @@ class Ablation:
         pruned: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
         sides = {
-            side: {"perplexity": samples[genome.id].perplexity, "n": samples[genome.id].n}
-            for side, genome in (
-                (BASE, self.dissection.base),
-                (CHAMPION, self.dissection.champion),
+            side: {"perplexity": one.perplexity, "n": one.n, "note": one.troubles}
+            for side, one in (
+                (BASE, samples[self.dissection.base.id]),
+                (CHAMPION, samples[self.dissection.champion.id]),
             )
         }
         return {
             "run_id": self.chronicle.run_id,
             "champion_id": self.name,
+            "fitness": self.fitness,
             "n_seeds": self.n_seeds,
             "split": self.split,
             **sides,

@@ -7,6 +7,7 @@ Never: changes a run, or an exit code.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -139,12 +140,14 @@ def _publish(
 
 
 def _curves(comparison: Comparison) -> dict[str, list[tuple[int, float]]]:
-    """Return what MLflow draws; a name says how many runs it is about, since points are kept."""
+    """Return what MLflow draws; since points are kept, a name says which state it is about."""
     curves: dict[str, list[tuple[int, float]]] = {}
     several = len(comparison.cohorts) > 1
     for cohort in comparison.cohorts:
         for setting in cohort.settings:
-            which = f"{setting.label}/{len(setting.finished)} runs"
+            state = "".join(f"{run.run_id}{len(run.curve)}" for run in setting.finished)
+            digest = hashlib.sha256(state.encode()).hexdigest()[:4]
+            which = f"{setting.label}/{len(setting.finished)} runs {digest}"
             which += f" in {cohort.environment_id}" if several else ""
             curves[f"best_so_far/{which}"] = [
                 (point.rewrites, point.mean) for point in setting.curve()

@@ -226,7 +226,9 @@ def run_values(chronicle: Chronicle) -> RunValues:
             "improvement_percent": kept if kept is not None else gain["perplexity_percent"],
             "test_perplexity": champion.get("test_perplexity"),
             "equal_steps_percent": (
-                kept if kept is not None else (gain["equal_steps"] or {}).get("perplexity_percent")
+                kept
+                if kept is not None and gain["equal_steps"] is not None
+                else (gain["equal_steps"] or {}).get("perplexity_percent")
             ),
             "mfu_percent": kept if kept is not None else gain["mfu_percent"],
             "best_val_perplexity": curve[-1],

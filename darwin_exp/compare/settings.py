@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from darwin_exp.config import DarwinConfig, is_operational
+from darwin_exp.config import is_operational
+from darwin_exp.schema import DarwinConfig
 
 # Operational keys may change when a run is resumed, but these decide how much it searches.
 COUNT_NEVERTHELESS = frozenset({"n_generations", "stagnation_generations"})

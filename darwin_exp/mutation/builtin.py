@@ -168,5 +168,13 @@ def read_settings(genome: Genome) -> Settings:
     return settings
 
 
+def setting_of(genome: Genome, key: str) -> Any:
+    """Return one value of the genome's settings, or None where there is no such."""
+    try:
+        return read_settings(genome).get(key)
+    except EditFailed:
+        return None
+
+
 def _shown(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -241,10 +241,10 @@ class Code(Loop):
         self._swap(node, node.with_changes(body=longer))
 
     def need(self, *names: str) -> None:
-        """Import the names among these that the file does not import yet."""
+        """Import the names among these that the file does not import at its top level yet."""
         bound = {
             alias.asname or alias.name
-            for node in ast.walk(ast.parse(self.text))
+            for node in ast.parse(self.text).body
             if isinstance(node, ast.Import | ast.ImportFrom)
             for alias in node.names
         }

@@ -5,6 +5,7 @@ Each keeps the model causal and serves any length up to the context.
 
 from __future__ import annotations
 
+import math
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from darwin_exp.mutation.builtin import (
     SettingsEdit,
     does_not_apply,
     read_settings,
+    setting_of,
 )
 from darwin_exp.mutation.model_parts import ATTENTION, ATTENTION_READS, ModelEdit
 
@@ -116,6 +118,12 @@ class GroupedKeysAndValues(ModelEdit):
     def draw(self, genome: Genome, rng: Random) -> dict[str, Any]:
         return {"group": rng.choice([2, 4])}
 
+    def apply(self, genome: Genome, parameters: Parameters) -> Genome:
+        child = super().apply(genome, parameters)
+        if self._group(genome, parameters) == 1:
+            raise self.refuse("the number of heads cannot be divided")
+        return child
+
     def rewrite(self, code: Code, parameters: Parameters) -> None:
         group = int(parameters["group"])
         attention = self.attention_class(code)
@@ -204,7 +212,12 @@ class GroupedKeysAndValues(ModelEdit):
         return first, width
 
     def describe(self, genome: Genome, parameters: Parameters) -> str:
-        return f"{self.title}, one for {parameters['group']} query heads"
+        return f"{self.title}, one for {self._group(genome, parameters)} query heads"
+
+    def _group(self, genome: Genome, parameters: Parameters) -> int:
+        """Return how many query heads come to share, as far as the settings tell."""
+        group, heads = int(parameters["group"]), setting_of(genome, "n_heads")
+        return math.gcd(group, heads) if isinstance(heads, int) else group
 
 
 class ShortConvolution(ModelEdit):

@@ -6,7 +6,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from darwin_exp.individual import Genome
-from darwin_exp.mutation.builtin import BuiltInEdit, Parameters
+from darwin_exp.mutation.builtin import BuiltInEdit, Parameters, setting_of
 from darwin_exp.mutation.model_parts import ATTENTION, ModelEdit
 
 if TYPE_CHECKING:
@@ -45,11 +45,15 @@ class SquaredReLU(ModelEdit):
 
 
 class SwiGLU(ModelEdit):
-    """Source: Shazeer 2020, "GLU Variants Improve Transformer"."""
+    """Source: Shazeer 2020, "GLU Variants Improve Transformer", whose gate starts near 0.
+
+    Such a gate times a small hidden layer would leave the MLP all but silent at first; here, in a
+    variant of this project's own, the hidden layer is multiplied by 1 + gate(x).
+    """
 
     name = "swiglu"
     about = "gate"
-    title = "gated MLP (SwiGLU)"
+    title = "gated MLP (SwiGLU with its gate around 1)"
     why = "A gate lets the hidden layer multiply what it has found, at the same number of weights."
     hope = "lower loss a step"
 
@@ -67,7 +71,6 @@ class SwiGLU(ModelEdit):
         code.rewrite_layer_calls(forward, first, note)
         if len(inputs) != 1 or not inputs[0]:
             raise self.refuse(f"{first} is called in another way")
-        # A gate near 0 times a small hidden layer would leave the MLP all but silent at first.
         code.before_layer_call(
             forward,
             first,
@@ -152,7 +155,10 @@ class RMSNorm(ModelEdit):
 
 
 class SandwichNorm(ModelEdit):
-    """Source: Ding et al. 2021, "CogView: Mastering Text-to-Image Generation via Transformers"."""
+    """Source: Ding et al. 2021, "CogView: Mastering Text-to-Image Generation via Transformers".
+
+    Gains that start below 1 are this project's own choice.
+    """
 
     name = "sandwich_norm"
     about = "branch norm"
@@ -168,7 +174,10 @@ class SandwichNorm(ModelEdit):
         gain = float(parameters["gain"])
         if code.uses("output_gain"):
             raise self.refuse("there already")
-        for name, last in self.branches(code).items():
+        branches, zeroed = self.branches(code), code.passed_to("zeros_")
+        if any(x.endswith(f".{last}.weight") for x in zeroed for last in branches.values()):
+            raise self.refuse("it would blow up projections that start at zero")
+        for name, last in branches.items():
             code.append(
                 (name, "__init__"),
                 f"self.output_gain = nn.Parameter(torch.full((self.{last}.out_features,), {gain}))",
@@ -206,7 +215,13 @@ class LayerScale(ModelEdit):
                 (name, "__init__"),
                 f"self.branch_gain = nn.Parameter(torch.full((self.{last}.out_features,), {gain}))",
             )
-            code.wrap_layer_calls((name, "forward"), last, lambda x: f"{x} * self.branch_gain")
+            # A norm on the output would undo a gain on what it normalises.
+            normed = code.uses("output_gain", (name, "__init__"))
+            code.wrap_layer_calls(
+                (name, "forward"),
+                "normalised" if normed else last,
+                lambda x: f"{x} * self.branch_gain",
+            )
         code.need("nn", "torch")
 
 
@@ -285,6 +300,12 @@ class SharedBlocks(ModelEdit):
     title = "neighbouring blocks share their weights"
     why = "Weights that are used twice learn from twice the gradients, and the optimizer has less."
     hope = "a smaller model at nearly the same loss"
+
+    def apply(self, genome: Genome, parameters: Parameters) -> Genome:
+        child = super().apply(genome, parameters)
+        if setting_of(genome, "n_layers") == 1:
+            raise self.refuse("a single block has no neighbour")
+        return child
 
     def rewrite(self, code: Code, parameters: Parameters) -> None:
         model = code.model_class()

@@ -36,7 +36,7 @@ class Rotary(ModelEdit):
         code.insert_before(
             attention,
             f'''
-            @lru_cache(maxsize=64)
+            @lru_cache(maxsize=4)
             def rotation(T: int, D: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
                 """Return cosines and sines (T, D / 2) of every position's rotation angles."""
                 # A table first made in inference mode could not be trained through later.
@@ -81,7 +81,7 @@ class Alibi(ModelEdit):
         code.insert_before(
             attention,
             f'''
-            @lru_cache(maxsize=64)
+            @lru_cache(maxsize=4)
             def fading_by_distance(
                 H: int, T: int, dtype: torch.dtype, device: torch.device
             ) -> torch.Tensor:

@@ -34,6 +34,8 @@ class ZeroProjections(ModelEdit):
         last = self.branches(code)
         if code.uses("zeros_", (model, "__init__")):
             raise self.refuse("something starts at zero already")
+        if code.uses("output_gain"):
+            raise self.refuse("a norm on a branch's output would blow up what starts at zero")
         parts = "\n".join(
             f"    if isinstance(module, {name}):\n        nn.init.zeros_(module.{linear}.weight)"
             for name, linear in last.items()
@@ -63,15 +65,17 @@ class InitialScale(ModelEdit):
         model = code.model_class()
         if code.defines("scale_weights"):
             raise self.refuse("there already")
-        code.append((model, "__init__"), "self.apply(scale_weights)")
+        code.append((model, "__init__"), "scale_weights(self)")
         code.insert_before(
             model,
             f'''
             @torch.no_grad()
-            def scale_weights(module: nn.Module) -> None:
-                """Start a layer's matrix at another size than the one that it was drawn with."""
-                if isinstance(module, nn.Linear | nn.Embedding):
-                    module.weight.mul_({factor})
+            def scale_weights(model: nn.Module) -> None:
+                """Start layers' matrices at another size than the one that they were drawn with."""
+                layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+                # Layers that share a matrix scale it once.
+                for weight in {{id(layer.weight): layer.weight for layer in layers}}.values():
+                    weight.mul_({factor})
             ''',
         )
         code.need("nn", "torch")

@@ -16,6 +16,29 @@ if TYPE_CHECKING:
     from darwin_exp.mutation.code import Code
 
 
+_TABLES_OF = '''
+def tables_of(model: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of embeddings and of output heads.
+
+    A head has an output for every row of an embedding and stands beside it, or around what holds
+    it; a layer of that width further in is a hidden one.
+    """
+    modules = list(model.named_modules())
+    embeddings = {name: module for name, module in modules if isinstance(module, nn.Embedding)}
+    heads = [
+        module
+        for name, module in modules
+        if isinstance(module, nn.Linear)
+        and any(
+            place.startswith(name[: name.rfind(".") + 1])
+            and module.out_features == embedding.num_embeddings
+            for place, embedding in embeddings.items()
+        )
+    ]
+    return [module.weight for module in (*embeddings.values(), *heads)]
+'''
+
+
 class Muon(TrainingEdit):
     """Source: Jordan et al. 2024, "Muon"; the update's scale is Liu et al.'s (2025)."""
 
@@ -47,6 +70,8 @@ class Muon(TrainingEdit):
             raise does_not_apply(f"{self.name}: no function builds an AdamW of a model")
         code.redirect_calls("AdamW", "Muon", first_argument=model)
         code.need("torch", "nn")
+        if not code.defines("tables_of"):
+            code.insert_before(where, _TABLES_OF)
         code.insert_before(where, source)
         code.reword("Build AdamW with decay", "Build Muon with decay")
 
@@ -71,14 +96,13 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, model: nn.Module, groups: object, **options: object) -> None:
         super().__init__(groups, **options)
-        linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-        vocabulary = embeddings[0].num_embeddings if embeddings else None
-        hidden = [linear.weight for linear in linears if linear.out_features != vocabulary]
+        linears = {{id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}}
+        hidden = linears - {{id(weight) for weight in tables_of(model)}}
         # Matrices of one shape share their products: many small ones take longer than one large.
         self.stacks: dict[torch.Size, list[nn.Parameter]] = {{}}
-        for weight in hidden:
-            self.stacks.setdefault(weight.shape, []).append(weight)
+        for weight in model.parameters():
+            if id(weight) in hidden:
+                self.stacks.setdefault(weight.shape, []).append(weight)
         self.momenta = {{
             shape: torch.zeros(len(stack), *shape, device=stack[0].device)
             for shape, stack in self.stacks.items()
@@ -117,6 +141,8 @@ class Lion(TrainingEdit):
         scale = float(parameters["scale"])
         if code.defines("Lion"):
             raise does_not_apply(f"{self.name}: there already")
+        if code.keyword_of("AdamW", "eps") is not None:
+            raise does_not_apply(f"{self.name}: it has no epsilon, and one was chosen")
         if code.call_instead(["AdamW"], "Lion") != 1:
             raise does_not_apply(f"{self.name}: no AdamW is built")
         code.define_before_use("Lion", _LION.format(scale=scale))
@@ -216,6 +242,8 @@ class _TablesApart(TrainingEdit):
         """Call the function that does so, with other options for those groups, and define it."""
         model, optimizer = code.made_from("build_model"), code.optimizer()
         code.after_making(optimizer, f"set_tables_apart({optimizer}, {model}, {options})")
+        if not code.defines("tables_of"):
+            code.define_before_making(optimizer, _TABLES_OF)
         if not code.defines("set_tables_apart"):
             code.define_before_making(optimizer, _SET_TABLES_APART)
         code.need("nn", "torch")
@@ -226,11 +254,7 @@ def set_tables_apart(
     optimizer: torch.optim.Optimizer, model: nn.Module, **options: float
 ) -> None:
     """Move embeddings and the output head to groups of their own, with other options."""
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    vocabulary = embeddings[0].num_embeddings if embeddings else None
-    heads = [linear for linear in linears if linear.out_features == vocabulary]
-    tables = {id(module.weight) for module in (*embeddings, *heads)}
+    tables = {id(weight) for weight in tables_of(model)}
     for group in list(optimizer.param_groups):
         apart = [weight for weight in group["params"] if id(weight) in tables]
         if len(apart) == len(group["params"]):

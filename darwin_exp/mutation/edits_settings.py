@@ -229,12 +229,20 @@ class _Reshaped(SettingsEdit):
         new_layers = layers + self.layers_step
         if not 1 <= new_layers <= 48:
             raise does_not_apply(f"{self.name}: {layers} layers leave no room")
-        head_width = width // heads
-        # Weights go with layers x width^2; whole heads of an unchanged width keep attention fast.
-        new_heads = max(1, round(width * (layers / new_layers) ** 0.5 / head_width))
-        if new_heads == heads:
-            new_heads = max(1, heads - self.layers_step)
-        settings.update(n_layers=new_layers, n_heads=new_heads, width=new_heads * head_width)
+        # Weights go with layers x width^2. Whole heads of an unchanged width keep attention fast;
+        # where those are too coarse, every head gets another width, an even one for rotations.
+        head_width, factor = width // heads, (layers / new_layers) ** 0.5
+        shapes = (
+            (round(width * factor / head_width), head_width),
+            (heads, 2 * round(head_width * factor / 2)),
+        )
+        for new_heads, new_head_width in shapes:
+            new_width = new_heads * new_head_width
+            size = new_layers * new_width**2 / (layers * width**2)
+            if abs(size - 1) <= 0.2 and (new_width - width) * self.layers_step < 0:
+                settings.update(n_layers=new_layers, n_heads=new_heads, width=new_width)
+                return
+        raise does_not_apply(f"{self.name}: no width near {width * factor:.0f} fits {heads} heads")
 
 
 class ShallowerWider(_Reshaped):

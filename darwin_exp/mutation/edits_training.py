@@ -69,7 +69,8 @@ class AverageAtSave(TrainingEdit):
         if not code.replace_arguments("save_file", 0, lambda x: f"weight_average.over({x})"):
             raise does_not_apply(f"{self.name}: cannot tell where weights are saved")
         code.after_making(optimizer, f"weight_average = WeightAverage({model})")
-        code.beside_step(after="weight_average.update()")
+        # What corrects a step belongs to it, whichever of the two edits came first.
+        code.beside_step(after="weight_average.update()", late=True)
         code.define_before_making(optimizer, _WEIGHT_AVERAGE.format(power=power))
         code.need("nn", "torch")
 
@@ -83,19 +84,23 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.weights = dict(model.named_parameters())
-        self.averages = {{name: w.detach().clone() for name, w in self.weights.items()}}
+        self.weights = list(model.parameters())
+        self.averages = [weight.detach().clone() for weight in self.weights]
         self.steps = 0
+        # A tensor that goes by several names, such as a tied head's, has one average.
+        own = dict(zip(map(id, self.weights), self.averages, strict=True))
+        names = model.named_parameters(remove_duplicate=False)
+        self.by_name = {{name: own[id(weight)] for name, weight in names}}
 
     @torch.no_grad()
     def update(self) -> None:
         self.steps += 1
         share = 1 - (1 - 1 / self.steps) ** ({power} + 1)
-        torch._foreach_lerp_(list(self.averages.values()), list(self.weights.values()), share)
+        torch._foreach_lerp_(self.averages, self.weights, share)
 
     def over(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return a state with the averages in the place of the weights."""
-        return {{**state, **self.averages}}
+        return {{name: self.by_name.get(name, tensor) for name, tensor in state.items()}}
 '''
 
 

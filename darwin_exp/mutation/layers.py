@@ -27,12 +27,14 @@ from darwin_exp.mutation.syntax import (
     is_docstring,
     last_name,
     normalised_branch,
+    operand,
     own_attribute,
     own_call,
     sole_target,
     source_of,
     statements,
     walk,
+    whole_expressions,
 )
 
 
@@ -107,11 +109,13 @@ class Layers(Roles):
     ) -> int:
         """Wrap every `self.attribute(...)` in a method, with the call `.then(...)` on it, if any.
 
-        Returns how many were wrapped.
+        Where an operator stands beside the call, what it becomes is put in brackets. Returns how
+        many were wrapped.
         """
         count = 0
+        whole = whole_expressions(self._method(method))
 
-        def change(_: cst.CSTNode, node: cst.CSTNode) -> cst.CSTNode:
+        def change(before: cst.CSTNode, node: cst.CSTNode) -> cst.CSTNode:
             nonlocal count
             if not isinstance(node, cst.Call):
                 return node
@@ -126,7 +130,8 @@ class Layers(Roles):
             else:
                 return node
             count += 1
-            return cst.parse_expression(wrap(source_of(called)))
+            source = wrap(source_of(called))
+            return cst.parse_expression(source) if id(before) in whole else operand(source)
 
         self._change(change, within=self._method(method))
         return count
@@ -217,12 +222,18 @@ class Layers(Roles):
             if not isinstance(node, cst.Call) or last_name(node.func) != callee:
                 return node
             kept = [a for a in node.args if a.keyword is None or a.keyword.value not in new]
-            sources = [
-                source_of(argument.with_changes(comma=cst.MaybeSentinel.DEFAULT))
-                for argument in kept
-            ]
-            sources += [f"{keyword}={value}" for keyword, value in new.items() if value]
-            return cst.parse_expression(f"{source_of(node.func)}({', '.join(sources)})")
+            passed = ", ".join(f"{keyword}={value}" for keyword, value in new.items() if value)
+            added = list(cast(cst.Call, cst.parse_expression(f"f({passed})")).args)
+            comma = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
+            if added:
+                # Commas hold the comments on arguments, so those that are there stay.
+                kept = [
+                    a.with_changes(comma=comma) if isinstance(a.comma, cst.MaybeSentinel) else a
+                    for a in kept
+                ]
+                if node.args and node.args[-1] not in kept:
+                    added = [*added[:-1], added[-1].with_changes(comma=node.args[-1].comma)]
+            return node.with_changes(args=[*kept, *added])
 
         self._change(change)
 
@@ -251,14 +262,11 @@ class Layers(Roles):
 
     def add_method(self, class_name: str, source: str) -> None:
         """Add a method at the end of a top-level class."""
-        for node in self._module.body:
-            if isinstance(node, cst.ClassDef) and node.name.value == class_name:
-                (new,) = statements(source)
-                new = new.with_changes(leading_lines=[cst.EmptyLine(indent=False)])
-                body = node.body.with_changes(body=[*node.body.body, new])
-                self._swap(node, node.with_changes(body=body))
-                return
-        raise does_not_apply(f"{self.path} defines no {class_name}")
+        node = self._class(class_name)
+        (new,) = statements(source)
+        new = new.with_changes(leading_lines=[cst.EmptyLine(indent=False)])
+        body = node.body.with_changes(body=[*node.body.body, new])
+        self._swap(node, node.with_changes(body=body))
 
     def merge_branches(self, class_name: str) -> bool:
         """Let two branches read one norm: `x = x + a(m(x)); x + b(n(x))` -> `x + a(y) + b(y)`.
@@ -302,7 +310,11 @@ class Layers(Roles):
         return True
 
     def drop_attribute(self, class_name: str, attribute: str) -> None:
-        """Remove the assignment of `self.attribute` from a class's `__init__`."""
+        """Remove the assignment of `self.attribute` from a class's `__init__`.
+
+        Raises:
+            EditFailed: something else in the class still needs it, such as a method for weights.
+        """
 
         def change(_: cst.CSTNode, node: cst.CSTNode) -> Changed:
             target = sole_target(node)
@@ -311,6 +323,8 @@ class Layers(Roles):
             return node
 
         self._change(change, within=self._method((class_name, "__init__")))
+        if attribute in map(own_attribute, walk(self._class(class_name))):
+            raise does_not_apply(f"{self.path}: {class_name} still needs self.{attribute}")
 
     # --- the tree -----------------------------------------------------------------------------
 

@@ -19,13 +19,15 @@ import libcst as cst
 from darwin_exp.mutation.builtin import does_not_apply
 from darwin_exp.mutation.layers import Layers
 from darwin_exp.mutation.syntax import (
-    Changed,
     calls,
+    calls_a_method,
     has_comment,
+    key_of,
     last_name,
     sole_target,
     source_of,
     statements,
+    unpacked_pair,
     walk,
 )
 
@@ -71,7 +73,7 @@ class Loop(Layers):
         """
         for line in self._module.body:
             target, value = sole_target(line), _value_of(line)
-            if isinstance(target, cst.Name) and value is not None and _key_of(value) == key:
+            if isinstance(target, cst.Name) and value is not None and key_of(value) == key:
                 return target.value
         raise does_not_apply(f"{self.path}: no top-level variable holds the job's {key}")
 
@@ -96,7 +98,7 @@ class Loop(Layers):
         Raises:
             EditFailed: it unpacks no call, or unlike ones, into two variables.
         """
-        pairs = {pair for n in walk(self._training()) if (pair := _unpacked_pair(n)) is not None}
+        pairs = {pair for n in walk(self._training()) if (pair := unpacked_pair(n)) is not None}
         if len(pairs) != 1:
             raise does_not_apply(f"{self.path}: cannot tell where the loop gets its batches")
         return pairs.pop()
@@ -169,8 +171,11 @@ class Loop(Layers):
         body = [*self._module.body[:position], *new, *self._module.body[position:]]
         self._module = self._module.with_changes(body=body)
 
-    def beside_step(self, before: str = "", after: str = "") -> None:
+    def beside_step(self, before: str = "", after: str = "", late: bool = False) -> None:
         """Add statements before and after the line in which the optimizer steps.
+
+        With `late` the latter come after all method calls right below that line, which complete
+        the step: a correction of it, say, or `zero_grad`.
 
         Raises:
             EditFailed: there is no such line of its own.
@@ -180,7 +185,7 @@ class Loop(Layers):
         def steps(call: cst.Call) -> bool:
             return source_of(call.func) == f"{optimizer}.step"
 
-        self._beside_lines_calling("step", steps, before, after)
+        self._beside_lines_calling("step", steps, before, after, late)
 
     def after_backward(self, source: str) -> None:
         """Add statements after every line of the loop in which the loss is differentiated.
@@ -288,7 +293,7 @@ class Loop(Layers):
             if not isinstance(node, cst.Assign) or len(node.targets) != 1:
                 return node
             target = node.targets[0].target
-            if not isinstance(target, cst.Subscript) or _key_of(target) != key:
+            if not isinstance(target, cst.Subscript) or key_of(target) != key:
                 return node
             count += 1
             value = source_of(node.value)
@@ -309,7 +314,7 @@ class Loop(Layers):
         within = {id(node) for node in walk(self._training())}
 
         def change(before: cst.CSTNode, node: cst.CSTNode) -> cst.CSTNode:
-            if isinstance(node, cst.Assign) and _unpacked_pair(node) == pair:
+            if isinstance(node, cst.Assign) and unpacked_pair(node) == pair:
                 return node.with_changes(
                     value=_parsed(wrap(source_of(node.value), id(before) in within))
                 )
@@ -350,20 +355,34 @@ class Loop(Layers):
         return count
 
     def _beside_lines_calling(
-        self, callee: str, wanted: Callable[[cst.Call], bool], before: str, after: str
+        self,
+        callee: str,
+        wanted: Callable[[cst.Call], bool],
+        before: str,
+        after: str,
+        late: bool = False,
     ) -> None:
         count = 0
 
-        def change(_: cst.CSTNode, node: cst.CSTNode) -> Changed:
+        def change(_: cst.CSTNode, node: cst.CSTNode) -> cst.CSTNode:
             nonlocal count
-            if not isinstance(node, cst.SimpleStatementLine):
+            if not isinstance(node, cst.IndentedBlock):
                 return node
-            if not any(map(wanted, calls(node, [callee]))):
-                return node
-            count += 1
-            first: Sequence[_Line] = statements(before) if before else []
-            last: Sequence[_Line] = statements(after) if after else []
-            return cst.FlattenSentinel([*first, node, *last])
+            lines: list[cst.BaseStatement] = []
+            waiting: Sequence[_Line] = []
+            for line in node.body:
+                if not (late and calls_a_method(line)):
+                    lines += waiting
+                    waiting = []
+                found = isinstance(line, cst.SimpleStatementLine) and any(
+                    map(wanted, calls(line, [callee]))
+                )
+                if found:
+                    count += 1
+                    lines += statements(before) if before else []
+                    waiting = statements(after) if after else []
+                lines.append(line)
+            return node.with_changes(body=[*lines, *waiting])
 
         self._change(change, within=self._training())
         if not count:
@@ -380,26 +399,3 @@ def _value_of(node: cst.CSTNode) -> cst.BaseExpression | None:
         return None
     statement = cast(cst.SimpleStatementLine, node).body[0]
     return cast("cst.Assign | cst.AnnAssign", statement).value
-
-
-def _key_of(node: cst.CSTNode) -> str | None:
-    """Return the text k of `X["k"]`."""
-    if not isinstance(node, cst.Subscript) or len(node.slice) != 1:
-        return None
-    index = node.slice[0].slice
-    if isinstance(index, cst.Index) and isinstance(index.value, cst.SimpleString):
-        return str(index.value.evaluated_value)
-    return None
-
-
-def _unpacked_pair(node: cst.CSTNode) -> tuple[str, str] | None:
-    """Return the two variables that an assignment unpacks a call into."""
-    if not isinstance(node, cst.Assign) or len(node.targets) != 1:
-        return None
-    target = node.targets[0].target
-    if not isinstance(target, cst.Tuple) or not isinstance(node.value, cst.Call):
-        return None
-    names = [
-        element.value.value for element in target.elements if isinstance(element.value, cst.Name)
-    ]
-    return (names[0], names[1]) if len(names) == len(target.elements) == 2 else None

@@ -183,6 +183,10 @@ class Roles:
             if (attribute := own_attribute(argument.value)) is not None
         ]
 
+    def passed_to(self, callee: str) -> list[str]:
+        """Return the first argument of every call of `callee` in the file, as source."""
+        return [source_of(c.args[0].value) for c in calls(self._module, [callee]) if c.args]
+
     def layers_behind(self, method: Method, variable: str) -> set[str]:
         """Return X of all calls `self.X(...)` that a method's variable was computed with."""
         lines = self._lines_behind(method, {variable})
@@ -285,13 +289,17 @@ class Roles:
                         wanted.discard((node.name.value, member.name.value))
         return not wanted
 
+    def _class(self, name: str) -> cst.ClassDef:
+        for node in self._module.body:
+            if isinstance(node, cst.ClassDef) and node.name.value == name:
+                return node
+        raise does_not_apply(f"{self.path} defines no {name}")
+
     def _method(self, method: Method) -> cst.FunctionDef:
         class_name, name = method
-        for node in self._module.body:
-            if isinstance(node, cst.ClassDef) and node.name.value == class_name:
-                for member in node.body.body:
-                    if isinstance(member, cst.FunctionDef) and member.name.value == name:
-                        return member
+        for member in self._class(class_name).body.body:
+            if isinstance(member, cst.FunctionDef) and member.name.value == name:
+                return member
         raise does_not_apply(f"{self.path}: {class_name} has no {name}")
 
 

@@ -77,6 +77,25 @@ def source_of(node: cst.CSTNode) -> str:
     return cst.Module([]).code_for_node(node)
 
 
+def operand(source: str) -> cst.BaseExpression:
+    """Parse an expression, in brackets unless it can stand beside any operator as it is."""
+    expression = cst.parse_expression(source)
+    if isinstance(expression, cst.Name | cst.Call | cst.Attribute | cst.Subscript):
+        return expression
+    if expression.lpar:
+        return expression
+    return expression.with_changes(lpar=[cst.LeftParen()], rpar=[cst.RightParen()])
+
+
+def whole_expressions(root: cst.CSTNode) -> set[int]:
+    """Return the ids of expressions beside which no operator stands: results, arguments, values."""
+    return {
+        id(node.value)
+        for node in walk(root)
+        if isinstance(node, cst.Arg | cst.Assign | cst.AnnAssign | cst.Expr | cst.Return)
+    }
+
+
 def last_name(node: cst.CSTNode) -> str | None:
     if isinstance(node, cst.Attribute):
         return node.attr.value
@@ -148,6 +167,18 @@ def is_definition(node: cst.CSTNode, name: str) -> bool:
     return isinstance(node, cst.ClassDef | cst.FunctionDef) and node.name.value == name
 
 
+def calls_a_method(node: cst.CSTNode) -> bool:
+    """Return whether all that a line does is call `x.y(...)`."""
+    if not isinstance(node, cst.SimpleStatementLine) or len(node.body) != 1:
+        return False
+    expression = node.body[0]
+    return (
+        isinstance(expression, cst.Expr)
+        and isinstance(expression.value, cst.Call)
+        and isinstance(expression.value.func, cst.Attribute)
+    )
+
+
 def has_comment(node: cst.CSTNode) -> bool:
     lines = getattr(node, "leading_lines", ())
     return any(line.comment is not None for line in lines)
@@ -216,3 +247,26 @@ def statements(source: str) -> list[cst.SimpleStatementLine | cst.BaseCompoundSt
     )
     # A comment at the very top belongs to the module's header; give it to the first statement.
     return [first.with_changes(leading_lines=[*parsed.header, *first.leading_lines]), *rest]
+
+
+def key_of(node: cst.CSTNode) -> str | None:
+    """Return the text k of `X["k"]`."""
+    if not isinstance(node, cst.Subscript) or len(node.slice) != 1:
+        return None
+    index = node.slice[0].slice
+    if isinstance(index, cst.Index) and isinstance(index.value, cst.SimpleString):
+        return str(index.value.evaluated_value)
+    return None
+
+
+def unpacked_pair(node: cst.CSTNode) -> tuple[str, str] | None:
+    """Return the two variables that an assignment unpacks a call into."""
+    if not isinstance(node, cst.Assign) or len(node.targets) != 1:
+        return None
+    target = node.targets[0].target
+    if not isinstance(target, cst.Tuple) or not isinstance(node.value, cst.Call):
+        return None
+    names = [
+        element.value.value for element in target.elements if isinstance(element.value, cst.Name)
+    ]
+    return (names[0], names[1]) if len(names) == len(target.elements) == 2 else None

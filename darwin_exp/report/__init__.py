@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained page and its pictures, from the journal alone.
+"""The report of a run: one self-contained page and its pictures, from what was recorded.
 
 Reads: runs/RUN_ID/journal.sqlite, and ablation/summary.json where there is one.
 Writes: runs/RUN_ID/report.html and runs/RUN_ID/plots/*.png.

@@ -20,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report that the command line asks for, and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m darwin_exp.report",
-        description="Writes report.html and plots/*.png of a run from its journal alone. The run "
+        description="Writes report.html and plots/*.png of a run from its journal, and from the "
+        "ablation of its champion where there is one. The run "
         "may be going on, interrupted or finished. The page is one file that needs no network.",
         epilog="examples: python -m darwin_exp.report latest; "
         "python -m darwin_exp.report 261121-2309-a220 --runs /data/runs",

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from darwin_exp.chronicle import Agent
 from darwin_exp.report.effects import MFU, PERPLEXITY, Mean
 from darwin_exp.report.facts import Facts, signed
+from darwin_exp.report.progress import progress
 from darwin_exp.report.svg import (
     HEIGHT,
     WIDTH,
@@ -185,35 +186,20 @@ def _nothing(words: str) -> Markup:
 # --- best so far, trade-offs ----------------------------------------------------------------------
 
 
-def shown_fitness(facts: Facts) -> tuple[str, Callable[[float], float], bool]:
-    """Return how fitness is shown: its name, the value from a fitness, and if lower is better."""
-    if facts.fitness_name == "perplexity":
-        return "Validation perplexity", lambda fitness: math.exp(-fitness), True
-    if facts.fitness_name == "mfu":
-        return "MFU", lambda fitness: fitness, False
-    return f"Fitness ({facts.fitness_name})", lambda fitness: fitness, False
-
-
 def best_so_far(facts: Facts) -> Markup:
     """Draw the best found by the number of rewrites finished."""
-    name, show, lower = shown_fitness(facts)
-    rewrites = facts.chronicle.rewrites
-    curve = [(k, show(v)) for k, v in enumerate(facts.chronicle.best_so_far()) if v is not None]
-    each = [(k, a, show(a.fitness)) for k, a in enumerate(rewrites, 1) if a.fitness is not None]
-    low, high = robust_limits([v for _, _, v in each], [v for _, v in curve])
-    plane = Plane(
-        Scale(0, max(1, len(rewrites)), LEFT, WIDTH - 16), Scale(low, high, HEIGHT - BELOW, 34)
-    )
-    direction = "lower" if lower else "higher"
-    marks = plane.grid(
-        whole_ticks(len(rewrites), 10), "rewrites finished", f"{name} ({direction} is better)"
-    )
+    found, n = progress(facts), len(facts.chronicle.rewrites)
+    curve = found.curve
+    low, high = robust_limits([v for _, _, v in found.each], [v for _, v in curve])
+    plane = Plane(Scale(0, max(1, n), LEFT, WIDTH - 16), Scale(low, high, HEIGHT - BELOW, 34))
+    words = "; ".join(filter(None, ("rewrites finished", found.remark)))
+    marks = plane.grid(whole_ticks(n, 10), words, found.label)
     marks += [
         linked(agent, tag("circle", class_="point", cx=plane.x(k), cy=plane.y(value), r=2.4))
-        for k, agent, value in each
+        for k, agent, value in found.each
         if plane.y.holds(value)
     ]
-    summary = f"{len(rewrites)} rewrites"
+    summary = "; ".join(filter(None, (f"{n} rewrites", found.remark)))
     if curve:
         points = [(plane.x(k), plane.y(value)) for k, value in curve]
         points.append((plane.x.end, points[-1][1]))

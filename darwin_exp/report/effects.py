@@ -26,7 +26,8 @@ class Effect:
     Attributes:
         perplexity_percent: change of validation perplexity; negative is better.
         mfu_percent: change of MFU as the search measured both; positive is better.
-        z: change of fitness over the noise floor of a difference; positive is better.
+        z: change of fitness over the noise floor of a difference; positive is better. None where
+            either fitness stands for too high a perplexity rather than for MFU.
     """
 
     perplexity_percent: float | None = None
@@ -92,6 +93,7 @@ def noise_floor(chronicle: Chronicle) -> NoiseFloor:
 def effects(chronicle: Chronicle) -> dict[str, Effect]:
     """Return each rewrite's effect against its parent, by individual id."""
     noise, searched = noise_floor(chronicle), _searched_mfu(chronicle)
+    below_zero_is_nats = chronicle.config.get("fitness.name") == "mfu"
     found = {}
     for agent in chronicle.rewrites:
         parent = chronicle.agent(agent.parent_ids[0]) if agent.parent_ids else None
@@ -100,6 +102,8 @@ def effects(chronicle: Chronicle) -> dict[str, Effect]:
         gain = None
         if agent.fitness is not None and parent.fitness is not None:
             gain = agent.fitness - parent.fitness
+            if below_zero_is_nats and min(agent.fitness, parent.fitness) < 0:
+                gain = None  # of other units than the noise floor, which is one of MFU
         mfu = log_ratio(searched.get(agent.individual_id), searched.get(parent.individual_id))
         found[agent.individual_id] = Effect(
             percent_of(log_ratio(agent.value(PERPLEXITY), parent.value(PERPLEXITY))),

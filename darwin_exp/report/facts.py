@@ -89,7 +89,13 @@ class Phase:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that page and pictures show of a run."""
+    """Everything that page and pictures show of a run.
+
+    Attributes:
+        next_command: begins an evolution from the champion; None unless a closed run has one.
+        ablate_command: takes that champion apart.
+        n_unclaimed: rewrites that were finished after the last claim, and so have no part in it.
+    """
 
     chronicle: Chronicle
     summary: Mapping[str, Any]
@@ -103,6 +109,9 @@ class Facts:
     champions_line: Sequence[Agent]
     base_failure: Event | None = None
     ablation: Mapping[str, Any] | None = None
+    next_command: str | None = None
+    ablate_command: str | None = None
+    n_unclaimed: int = 0
     children: Mapping[str, Sequence[Agent]] = field(default_factory=dict)
 
     @property
@@ -142,8 +151,31 @@ def gather(chronicle: Chronicle, run_folder: Path, status: str | None = None) ->
         line_of(chronicle, chronicle.selected),
         _base_failure(chronicle),
         _ablation(run_folder),
+        *_commands(chronicle, run_folder),
+        _n_unclaimed(chronicle),
         children,
     )
+
+
+def _commands(chronicle: Chronicle, run_folder: Path) -> tuple[str | None, str | None]:
+    """Return what can be done with a run's champion; nothing where it is the base or not chosen."""
+    from darwin_exp.champion import ablate_command, next_command
+
+    selected = chronicle.selected
+    if chronicle.closing is None or selected is None:
+        return None, None
+    if selected.genome_id == chronicle.base_genome.id:
+        return None, None
+    folder = run_folder / "champion"
+    return next_command(chronicle, folder), ablate_command(chronicle, run_folder)
+
+
+def _n_unclaimed(chronicle: Chronicle) -> int:
+    """Count the rewrites after the last claim, of a run that was gone on with once closed."""
+    claims = [k for k, event in enumerate(chronicle.events) if event.kind == "claim"]
+    if not claims:
+        return 0
+    return sum(event.kind == "individual" for event in chronicle.events[claims[-1] :])
 
 
 def n_requested(chronicle: Chronicle) -> int:
@@ -185,7 +217,8 @@ def statements(chronicle: Chronicle, summary: Mapping[str, Any]) -> list[Stateme
     if steps and not by_steps:
         claim = _last_claim(chronicle, "equal_steps")
         words.append(_perplexity_statement("at equal steps", steps, claim))
-    words.append(_mfu_statement(gain.get("mfu_percent")))
+    n_timings = len((summary.get("champion") or {}).get("mfus_retimed") or ())
+    words.append(_mfu_statement(gain, n_timings))
     if chronicle.config.get("fitness.name") == "mfu":
         words.insert(0, words.pop())
     return words
@@ -217,7 +250,7 @@ def _perplexity_statement(at: str, gain: Mapping[str, Any], claim: Mapping[str, 
     if gain.get("earlier_claims"):
         rests.append(
             f"claim {gain['earlier_claims'] + 1} on this test split, so held to p < "
-            f"{claim.get('alpha') or 0.05 / (1 + gain['earlier_claims']):.3g}"
+            f"{claim.get('alpha') or 0.05 / 2 ** gain['earlier_claims']:.3g}"
         )
     figure = signed(-percent)
     detail = sentence("; ".join(rests))
@@ -230,13 +263,24 @@ def _perplexity_statement(at: str, gain: Mapping[str, Any], claim: Mapping[str, 
     )
 
 
-def _mfu_statement(percent: float | None) -> Statement:
+def _mfu_statement(gain: Mapping[str, Any], n_timings: int) -> Statement:
     about = "Model FLOPs utilisation"
+    percent, interval, p_value = (gain.get(k) for k in ("mfu_percent", "mfu_ci95", "mfu_p_value"))
     if percent is None:
         return Statement(about, "", "No claim", "It was not timed again on both sides.")
-    verdict = "higher than the base's" if percent > 0 else "not higher than the base's"
-    detail = "Both timed again by runs of fixed length; one measurement each, so no interval."
-    return Statement(about, signed(percent), verdict, detail)
+    if interval is None or p_value is None:
+        verdict = "higher than the base's" if percent > 0 else "not higher than the base's"
+        detail = "Both timed again by runs of fixed length; one measurement each, so no interval."
+        return Statement(about, signed(percent), verdict, detail)
+    detail = (
+        f"95 % interval of the change {signed(interval[0])} to {signed(interval[1])}; p = "
+        f"{p_value:.2g}; both timed again {n_timings} times by turns, by runs of fixed length."
+    )
+    if p_value >= 0.05:
+        return Statement(about, signed(percent), "No significant change", detail)
+    good = percent > 0
+    verdict = "Significantly higher" if good else "Significantly lower"
+    return Statement(about, signed(percent), verdict, detail, "good" if good else "bad")
 
 
 def _range(interval: Sequence[float]) -> str:

@@ -93,10 +93,11 @@ def render(facts: Facts) -> str:
         sections=SECTIONS,
         columns=COLUMNS,
         charts=_charts(facts),
-        signed=_signed_or_dash,
+        signed=signed,
         number=number,
         duration=duration,
-        interval=_interval,
+        change=_change,
+        change_interval=_change_interval,
         p_value=lambda value: number(value, 2) if isinstance(value, int | float) else "–",
         z=_z,
         cell=_cell,
@@ -201,7 +202,6 @@ def _champion(facts: Facts) -> dict[str, Any]:
         for part in (ablation or {}).get("parts", ())
         if isinstance(part, dict)
     ]
-    found = {side: (ablation or {}).get(side) or {} for side in ("base", "champion")}
     return {
         "selected": selected,
         "is_closed": chronicle.closing is not None,
@@ -216,9 +216,16 @@ def _champion(facts: Facts) -> dict[str, Any]:
             for agent in facts.champions_line[1:]
         ],
         "ablation": ablation and {**dict.fromkeys(ABLATION_KEYS), **ablation, "parts": parts},
-        "base_perplexity": number(found["base"].get("perplexity")),
-        "champion_perplexity": number(found["champion"].get("perplexity")),
+        "ablated": {side: _trained((ablation or {}).get(side)) for side in ("base", "champion")},
     }
+
+
+def _trained(side: Any) -> str:
+    """Say what a side of an ablation came to, and what of its trainings went wrong."""
+    found = side if isinstance(side, dict) else {}
+    perplexity, note = found.get("perplexity"), found.get("note")
+    words = number(perplexity) if isinstance(perplexity, int | float) else "–"
+    return f"{words} ({note})" if note else words
 
 
 def _is_of(ablation: Mapping[str, Any] | None, selected: Agent | None) -> bool:
@@ -298,14 +305,15 @@ def _z(value: float | None) -> str:
     return "–" if value is None else f"{value:+.1f}".replace("-", "−")
 
 
-def _signed_or_dash(value: Any) -> str:
-    return signed(value) if isinstance(value, int | float) else "–"
+def _change(gain: Any) -> str:
+    """Show a gain of perplexity, positive where it is lower, as the change that it is."""
+    return signed(0.0 - gain) if isinstance(gain, int | float) else "–"
 
 
-def _interval(ends: Any) -> str:
+def _change_interval(ends: Any) -> str:
     if not isinstance(ends, list | tuple) or len(ends) != 2:
         return "–"
-    return f"{_signed_or_dash(ends[0])} to {_signed_or_dash(ends[1])}"
+    return f"{_change(ends[1])} to {_change(ends[0])}"
 
 
 def _finalised(value: Any) -> Any:

@@ -24,10 +24,11 @@ from darwin_exp.plots import (
     sheet,
 )
 from darwin_exp.protocols import Event
-from darwin_exp.report.charts import pareto_front, shown_fitness
+from darwin_exp.report.charts import pareto_front
 from darwin_exp.report.effects import MFU, PERPLEXITY, Mean
 from darwin_exp.report.facts import Facts
 from darwin_exp.report.lineage import direction_of, rows
+from darwin_exp.report.progress import progress
 from darwin_exp.report.svg import robust_limits
 
 if TYPE_CHECKING:
@@ -89,28 +90,23 @@ def _pareto(facts: Facts, folder: Path) -> Path:
 
 
 def _best_so_far(facts: Facts, folder: Path) -> Path:
-    name, show, lower = shown_fitness(facts)
-    direction = "lower" if lower else "higher"
-    label = f"{name[0].lower() if name != 'MFU' else 'M'}{name[1:]} ({direction} is better)"
-    figure, axes = sheet("Best so far", "rewrites finished", label)
-    curve = [(k, show(v)) for k, v in enumerate(facts.chronicle.best_so_far()) if v is not None]
-    each = [
-        (k, show(agent.fitness))
-        for k, agent in enumerate(facts.chronicle.rewrites, 1)
-        if agent.fitness is not None
-    ]
-    if each:
-        xs, ys = zip(*each, strict=True)
+    found = progress(facts)
+    words = "; ".join(filter(None, ("rewrites finished", found.remark)))
+    label = found.label if found.name == "MFU" else found.label[0].lower() + found.label[1:]
+    figure, axes = sheet("Best so far", words, label)
+    if found.each:
+        xs, ys = [k for k, _, _ in found.each], [value for _, _, value in found.each]
         axes.scatter(xs, ys, s=16, color=BLUE, alpha=0.5, label="agent")
-    if curve:
+    if found.curve:
         axes.plot(
-            *zip(*curve, strict=True),
+            *zip(*found.curve, strict=True),
             color=VERMILION,
             linewidth=2.2,
             drawstyle="steps-post",
             label="best so far",
         )
-        axes.set_ylim(*robust_limits([v for _, v in each], [v for _, v in curve]))
+        held = [value for _, value in found.curve]
+        axes.set_ylim(*robust_limits([value for _, _, value in found.each], held))
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=10.5)
     else:
         _say_nothing(axes, "nothing was measured")

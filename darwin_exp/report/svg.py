@@ -1,6 +1,6 @@
 """Drawing by numbers: scales, ticks, axes and elements of an SVG that its page's style colours.
 
-Reads: numbers. Writes: markup, in which every text and attribute is escaped.
+Reads: numbers. Writes: markup, in which text and attributes are escaped and nothing is invisible.
 Never: names a colour; classes do, so that light, dark and print each have their own.
 """
 
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from darwin_exp.report.patch import visible
+
 WIDTH, HEIGHT = 600, 330
 
 
@@ -21,10 +23,15 @@ def tag(name: str, *children: str, **attributes: object) -> Markup:
     words = [name]
     for key, value in attributes.items():
         if value is not None:
-            shown = f"{value:.1f}" if isinstance(value, float) else escape(str(value))
+            shown = f"{value:.1f}" if isinstance(value, float) else _safe(str(value))
             words.append(f'{key.rstrip("_").replace("_", "-")}="{shown}"')
-    inner = "".join(str(escape(child)) for child in children)
+    inner = "".join(_safe(child) for child in children)
     return Markup(f"<{' '.join(words)}>{inner}</{name}>")
+
+
+def _safe(text: str) -> str:
+    """Return markup as it is, and other text escaped, with invisible characters spelt out."""
+    return str(text if isinstance(text, Markup) else escape(visible(text)))
 
 
 @dataclass(frozen=True)

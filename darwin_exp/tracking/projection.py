@@ -7,6 +7,7 @@ Never: decides whether or when an event is delivered; that is the outbox's part.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ SECONDS_BETWEEN_PLOTS = 60.0
 ARTIFACTS = ("code", "change.patch", "memory.json", "evaluation.json", "train.log", "error.txt")
 CLOSING_ARTIFACTS = ("summary.json", "report.html", "champion")
 END_STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "stopped": "KILLED"}
+RATES = ("mfu", "tokens_per_second")
 HEADLINE = ("val_perplexity", "mfu", "fitness")
 
 NOTE = """**Evolution of training code.** Each nested run is one agent: the code it trained, the
@@ -57,6 +59,7 @@ class Projection:
             "job": self._on_job,
             "claim": self._on_claim,
             "equal_steps": self._on_claim,
+            "retimed": self._on_retimed,
             "end": self._on_end,
         }
 
@@ -217,11 +220,32 @@ class Projection:
             self._runs.parent(), metrics=numbers, tags=words, timestamp=_milliseconds(event)
         )
 
+    def _on_retimed(self, event: Event, history: Sequence[Event]) -> None:
+        run = self._runs.known.get(str(event.payload.get("individual_id")))
+        if run is None:
+            return
+        metrics = {f"{name}_retimed": event.measured.get(name) for name in RATES}
+        self._runs.log(run, metrics=metrics, timestamp=_milliseconds(event))
+
+    def _improvement(self) -> dict[str, Any]:
+        """Return the headline figures of summary.json, which was written before the run's end."""
+        try:
+            told = json.loads((self._run_folder / "summary.json").read_text(encoding="utf-8"))
+            gain = told["improvement"]
+            at_steps = gain["equal_steps"] or {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        return {
+            "improvement_percent": gain.get("perplexity_percent"),
+            "improvement_percent_at_equal_steps": at_steps.get("perplexity_percent"),
+            "mfu_percent": gain.get("mfu_percent"),
+        }
+
     def _on_end(self, event: Event, history: Sequence[Event]) -> None:
         parent, end = self._runs.parent(), _milliseconds(event)
         status = str(event.payload.get("status"))
         tags = {"darwin.status": status, "darwin.exit_code": event.payload.get("exit_code")}
-        metrics = {"total_seconds": event.measured.get("seconds")}
+        metrics = {"total_seconds": event.measured.get("seconds"), **self._improvement()}
         self._runs.log(parent, metrics=metrics, tags=tags, timestamp=end)
         self._plot(history)
         self._runs.upload(parent, self._run_folder, CLOSING_ARTIFACTS)

@@ -51,11 +51,13 @@ TINY = [
     "show=plain",
     "mutator=scripted",
 ]
-# Hunks: a name that the last one needs; one without effect; one that helps a lot.
+# Hunks: a name that the third needs; one without effect; one that helps a lot; and one that wastes
+# half of the training.
 CHANGES = [
     ("import numpy as np\n", "import numpy as np\n\nMORE = 300\n"),
     ("tokens = read_tokens()\n", "tokens = read_tokens()\nunused = 1\n"),
     ("    return lowest + 0.5 *", "    return MORE * lowest + MORE * 0.5 *"),
+    ("    optimizer.step()\n", "    if step % 2:\n        optimizer.step()\n"),
 ]
 
 
@@ -64,7 +66,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a text, a script that plays CHANGES, and runs without MFU."""
     place = tmp_path_factory.mktemp("ablation")
     rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(60)]
+    often = [60, *[6] * 7]  # of "a", so that there is much to learn in a few steps
+    words = ["".join(rng.choices("abcdefgh", often, k=rng.randint(2, 6))) for _ in range(60)]
     (place / "text.txt").write_text(" ".join(rng.choices(words, k=12_000)))
     code = (TRAINER / "train.py").read_text()
     for before, after in CHANGES:
@@ -82,7 +85,7 @@ def _play(place: Path, step: dict[str, str]) -> None:
 
 @pytest.fixture(scope="module")
 def run_folder(place: Path) -> Path:
-    """Return the folder of a run whose champion differs from the base by three hunks."""
+    """Return the folder of a run whose champion differs from the base by four hunks."""
     folders = [f"paths.{name}={place / name}" for name in ("runs", "data", "memory")]
     files = [f"dataset.path={place / 'text.txt'}", f"mutator.file={place / 'script.yaml'}"]
     _succeed([sys.executable, "-m", "darwin_exp", *TINY, *folders, *files], place)
@@ -230,19 +233,20 @@ def test_an_ablation_interrupted_and_killed_goes_on_and_names_what_pays(
     assert process.returncode == 130, said
     assert _gone(run_folder)
 
-    process = start()  # what was asked for stays asked for
+    process = start()  # as many seeds as were asked for
     _wait_for(folder, 3, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert _gone(run_folder)
     before = _jobs(folder)
 
-    process = start()
-    said, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, said
-    after = _jobs(folder)
+    said = _done(start())
     assert len(before) >= 3
-    assert {key: after[key] for key in before} == before, "nothing is trained twice"
+    assert {key: _jobs(folder)[key] for key in before} == before, "nothing is trained twice"
+    assert "With --drop the same command" in said
+    assert json.loads((folder / "summary.json").read_text())["pruned"] is None, "asked for anew"
+    _done(start("--drop"))
+    after = _jobs(folder)
     search = {event.payload["seed"] for event in Chronicle.read(run_folder).of_kind("job")}
     seeds = [event.payload["seed"] for event in after.values()]
     assert len(set(seeds)) == len(seeds)
@@ -251,7 +255,8 @@ def test_an_ablation_interrupted_and_killed_goes_on_and_names_what_pays(
 
     told = json.loads((folder / "summary.json").read_text())
     assert set(told) == {
-        *("run_id", "champion_id", "n_seeds", "split", "base", "champion", "parts", "pruned")
+        *("run_id", "champion_id", "fitness", "n_seeds", "split", "base", "champion", "parts"),
+        "pruned",
     }
     assert (told["run_id"], told["champion_id"]) == (run_folder.name, "g00-i01")
     assert (told["base"]["n"], told["champion"]["n"], told["n_seeds"]) == (2, 2, 2)
@@ -265,16 +270,24 @@ def test_an_ablation_interrupted_and_killed_goes_on_and_names_what_pays(
         }
         for part in told["parts"]
     )
-    needed, idle, useful = (parts[f"train.py hunk {k}"] for k in (1, 2, 3))
+    needed, idle, useful, wasteful = (parts[f"train.py hunk {k}"] for k in (1, 2, 3, 4))
     assert needed["verdict"] == "fails"
     assert "MORE" in needed["note"]
     assert (useful["verdict"], useful["kind"]) == ("pays", "hunk")
     assert useful["contribution_percent"] > 5
     assert idle["verdict"] == "unclear"
+    assert wasteful["contribution_percent"] < 0
     for what in ("without-2", "train.py hunk 3", "fails", "pays"):
         assert what in said
 
     _check_pruned(run_folder, told)
+
+
+def _done(process: "subprocess.Popen[str]") -> str:
+    """Wait for an ablation that gets to its end, and return what it said."""
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    return said
 
 
 def _check_pruned(run_folder: Path, told: dict[str, Any]) -> None:
@@ -282,11 +295,9 @@ def _check_pruned(run_folder: Path, told: dict[str, Any]) -> None:
     worthless = {
         part["name"]
         for part in told["parts"]
-        if part["verdict"] == "unclear" and part["contribution_percent"] <= 0
+        if part["verdict"] in ("costs", "unclear") and part["contribution_percent"] <= 0
     }
-    if not worthless:  # chance decides about parts without effect
-        assert told["pruned"] is None
-        return
+    assert "train.py hunk 4" in worthless  # the one without effect may be too, as chance has it
     assert set(told["pruned"]) == {"dropped", "perplexity", "n", "percent_vs_champion", "ci95"}
     assert set(told["pruned"]["dropped"]) == worthless
     assert told["pruned"]["n"] == 2
@@ -298,6 +309,8 @@ def _check_pruned(run_folder: Path, told: dict[str, Any]) -> None:
     pruned = Genome.from_folder(copy)
     assert pruned == Genome.from_folder(folder)
     assert "MORE * lowest" in pruned.as_dict["train.py"]
+    assert "if step % 2" not in pruned.as_dict["train.py"]
+    assert told["pruned"]["percent_vs_champion"] > 0
 
 
 # --- what is refused, each with one line and 2 ----------------------------------------------------
@@ -346,6 +359,21 @@ def test_a_champion_that_is_the_base_is_refused(
 
     copy = _copy_with(run_folder, tmp_path / "copy", select_base)
     assert "champion is the base" in _refused([str(copy)], capsys)
+
+
+@pytest.mark.parametrize("option", ["--drop", "--drop-unclear"])
+def test_dropping_by_perplexity_is_refused_where_fitness_is_another(
+    run_folder: Path, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def weigh(kind: str, payload: dict[str, Any]) -> bool:
+        if kind == "run":
+            payload["config"]["fitness.name"] = "mfu"
+        return True
+
+    copy = _copy_with(run_folder, tmp_path / "copy", weigh)
+    line = _refused([str(copy), option], capsys)
+    assert "its fitness is mfu and an ablation measures perplexity only" in line
+    assert not (copy / "ablation").exists()
 
 
 @pytest.mark.parametrize(("name", "value"), [("data", "other"), ("scorer", "other")])

@@ -71,7 +71,9 @@ class AnsweringExecutor:
 def rounds_with(tmp_path: Path) -> Iterator[Callable[..., tuple[Rounds, AnsweringExecutor]]]:
     journal = Journal(tmp_path)
 
-    def make(answer: Answer, n_seeds: int = 3) -> tuple[Rounds, AnsweringExecutor]:
+    def make(
+        answer: Answer, n_seeds: int = 3, n_slots: int = 1
+    ) -> tuple[Rounds, AnsweringExecutor]:
         executor = AnsweringExecutor(answer)
         bench = Bench(
             seed=3,
@@ -84,7 +86,8 @@ def rounds_with(tmp_path: Path) -> Iterator[Callable[..., tuple[Rounds, Answerin
         )
         trials = Trials(bench, executor, journal)
         display = Display(Console(quiet=True))
-        return Rounds(trials, 1, journal, "g01-i00", "gate", n_seeds, display), executor
+        rounds = Rounds(trials, n_slots, journal, "g01-i00", "gate", n_seeds, display)
+        return rounds, executor
 
     yield make
     journal.close()
@@ -100,7 +103,8 @@ def test_no_variant_always_goes_first(
     rounds, executor = rounds_with(scored)
     samples = rounds.train(ARMS)
     firsts = [name.split("/")[0] for name in _of(executor)[::3]]
-    assert firsts == ["base", "champion", "without-1"]
+    assert sorted(firsts) == ["base", "champion", "without-1"]
+    assert _of(executor)[-1] == "base/2", "no part is compared with what may have run alone"
     assert len(set(executor.jobs)) == 9
     assert [samples[one.genome.id].log_perplexities for one in ARMS] == [(math.log(8),) * 3] * 3
 
@@ -128,6 +132,42 @@ def test_a_variant_that_fails_is_not_trained_again_and_its_failure_is_kept(
     assert [name for name in _of(executor) if "without-1" in name] == ["without-1/0"]
     assert samples[ARMS[2].genome.id].failure == "CRASHED: boom"
     assert samples[ARMS[1].genome.id].n == 3
+
+
+def test_a_first_training_that_runs_out_of_time_is_one_failure_and_two_are_enough(
+    rounds_with: Callable[..., tuple[Rounds, AnsweringExecutor]],
+) -> None:
+    late = {"champion/0", "without-1/0", "without-1/2"}
+
+    def answer(job: Job) -> JobResult:
+        if job.job_id.removeprefix("ablation/g01-i00/") in late:
+            return JobResult(job.job_id, TrainingRun(Status.TIMED_OUT, Reason.NO_CHECKPOINT))
+        return scored(job)
+
+    rounds, executor = rounds_with(answer, n_seeds=4)
+    samples = rounds.train(ARMS)
+    once, twice = samples[ARMS[1].genome.id], samples[ARMS[2].genome.id]
+    assert (once.n, once.n_failed, once.fails) == (3, 1, False)
+    assert (twice.n, twice.n_failed, twice.fails) == (1, 2, True)
+    assert "without-1/3" not in _of(executor)
+
+
+def test_a_seed_is_begun_beside_the_last_and_does_not_count_if_that_decides(
+    rounds_with: Callable[..., tuple[Rounds, AnsweringExecutor]],
+) -> None:
+    second_began = threading.Event()
+
+    def answer(job: Job) -> JobResult:
+        if job.job_id.endswith("/1"):
+            second_began.set()
+            return scored(job)
+        assert second_began.wait(20), "a slot stayed idle"
+        return JobResult(job.job_id, TrainingRun(Status.CRASHED, Reason.EXCEPTION, "boom"))
+
+    rounds, executor = rounds_with(answer, n_slots=2)
+    (sample,) = rounds.train(ARMS[1:2]).values()
+    assert (sample.n, sample.n_failed, sample.fails) == (0, 1, True)
+    assert sorted(_of(executor))[:2] == ["champion/0", "champion/1"]
 
 
 def test_a_lost_training_is_tried_again_and_then_counted_as_lost(

@@ -6,7 +6,14 @@ from dataclasses import replace
 import pytest
 
 from darwin_exp.ablate.dissection import Part
-from darwin_exp.ablate.verdicts import Finding, Sample, advice, droppable, judge
+from darwin_exp.ablate.verdicts import (
+    Finding,
+    Sample,
+    advice,
+    droppable,
+    fails_for_good,
+    judge,
+)
 from darwin_exp.individual import Evaluation, Genome, JobResult, Reason, Status, TrainingRun
 
 
@@ -116,3 +123,55 @@ def test_what_came_out_no_worse_may_be_dropped_and_what_is_unclear_only_if_asked
     assert "kept for now: maybe" in said
     assert "good" not in said
     assert "Nothing is to be dropped" in advice(findings[:1])
+
+
+def test_parts_that_change_nothing_by_construction_are_not_corrected_for() -> None:
+    champion, beside = Sample((2.00, 2.02, 1.98, 2.00)), Sample((2.04, 2.02, 2.06, 2.04))
+    one = part("one")
+    same = [part(f"same{k}", same=True) for k in range(8)]
+    findings = judge([one, *same], {one.without.id: beside}, champion)
+    assert {f.part.name: f.verdict for f in findings}["one"] == "pays"
+    assert {f.p_value for f in findings if f.part.same} == {None}
+
+
+OK = JobResult("j", TrainingRun(Status.OK), Evaluation(Status.OK, metrics={"gate_perplexity": 7}))
+
+
+def ended(status: Status) -> JobResult:
+    return OK if status is Status.OK else JobResult("j", TrainingRun(status, Reason.EXCEPTION, "x"))
+
+
+@pytest.mark.parametrize(
+    ("statuses", "fails"),
+    [
+        ("CRASHED", True),
+        ("INVALID", True),
+        ("INFRA_LOST CRASHED", True),
+        ("TIMED_OUT", False),
+        ("OUT_OF_MEMORY OK OK", False),
+        ("OK CRASHED", False),
+        ("OK CRASHED OK REJECTED", True),
+        ("TIMED_OUT OUT_OF_MEMORY", True),
+        ("INFRA_LOST INFRA_LOST", False),
+    ],
+)
+def test_a_variant_fails_at_its_first_crash_or_its_second_failure(
+    statuses: str, fails: bool
+) -> None:
+    assert fails_for_good([ended(Status[one]) for one in statuses.split()]) is fails
+
+
+def test_a_single_failure_among_several_trainings_is_told_and_the_rest_compared() -> None:
+    late = ended(Status.TIMED_OUT)
+    one = part("one")
+    (finding,) = judge([one], {one.without.id: Sample.of([late, OK, OK], "gate")}, Sample((2, 2.1)))
+    assert (finding.verdict, finding.n) == ("unclear", 2)
+    assert "1 of 3 trainings failed: TIMED_OUT" in finding.note
+
+
+def test_nothing_is_said_to_be_droppable_where_fitness_is_another() -> None:
+    findings = list(found(CHAMPION, idle=[1.99, 2.00, 1.99, 2.00]).values())
+    assert "Could be dropped: idle" in advice(findings)
+    said = advice(findings, "mfu")
+    assert "of perplexity only" in said
+    assert "idle" not in said

@@ -249,3 +249,44 @@ def test_a_crash_while_it_is_written_leaves_the_old_one_whole(
     product(folder, CHILD)
     assert Genome.from_folder(folder) == CHILD
     assert [path.name for path in tmp_path.iterdir()] == ["champion"]
+
+
+def trained(folder: Path) -> Path:
+    """Leave a model as a training by hand does."""
+    model = folder / "out" / "model.safetensors"
+    model.write_text("hours of work")
+    return model
+
+
+def test_what_was_trained_beside_a_file_that_is_no_text_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "champion"
+    product(folder, CHILD)
+    (folder / "notes.txt").write_bytes(b"\xff\xfe\x00")
+    trained(folder)
+    product(folder, BASE)
+    assert Genome.from_folder(folder) == BASE
+    assert (tmp_path / "champion-kept" / "out" / "model.safetensors").is_file()
+    assert (tmp_path / "champion-kept" / "notes.txt").is_file()
+
+
+def test_no_folder_that_was_kept_before_is_replaced(tmp_path: Path) -> None:
+    folder, name = tmp_path / "champion", f"champion-{CHILD.id[:8]}"
+    for work in ("first", "second", "third"):
+        product(folder, CHILD)
+        trained(folder).write_text(work)
+        product(folder, BASE)
+    for number, work in (("", "first"), ("-2", "second"), ("-3", "third")):
+        assert (tmp_path / (name + number) / "out" / "model.safetensors").read_text() == work
+
+
+@pytest.mark.parametrize("touched", ["train.py", "new.py", "plot.png", "champion.patch"])
+def test_a_folder_that_somebody_edited_is_kept_though_nothing_was_trained(
+    tmp_path: Path, touched: str
+) -> None:
+    folder = tmp_path / "champion"
+    product(folder, CHILD)
+    (folder / touched).write_text("mine = 1\n")
+    product(folder, BASE)
+    assert Genome.from_folder(folder) == BASE
+    (kept,) = (path for path in tmp_path.iterdir() if path != folder)
+    assert (kept / touched).read_text() == "mine = 1\n"

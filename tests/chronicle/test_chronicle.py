@@ -136,8 +136,13 @@ def test_a_retimed_rate_replaces_the_searched_one(diary: Diary) -> None:
     diary.begin()
     diary.individual("g00-i00")
     diary.individual("g00-i01", "g00-i00")
-    diary.journal.append("retimed", "g00-i00", {}, {"mfu": 0.3, "tokens_per_second": 900.0})
-    diary.journal.append("retimed", "g00-i01", {}, {"why_none": "g00-i01/retime-long: CRASHED"})
+    for name, found in (
+        ("g00-i00", {"mfu": 0.2, "tokens_per_second": 600.0}),
+        ("g00-i00", {"mfu": 0.3, "tokens_per_second": 900.0}),  # an individual's last counts
+        ("g00-i01", {"why_none": "g00-i01/retime-long: CRASHED"}),
+    ):
+        n = len(diary.journal.of_kind("retimed"))
+        diary.journal.append("retimed", f"{name}/{n}", {"individual_id": name}, found)
     first, second = diary.read().agents
     assert (first.value("mfu"), first.value("tokens_per_second")) == (0.3, 900.0)
     assert second.value("mfu") == 0.2

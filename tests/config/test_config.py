@@ -9,20 +9,22 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 
 from darwin_exp import __main__ as command_line
-from darwin_exp import config as schema
-from darwin_exp.config import ConfigError, DarwinConfig
+from darwin_exp import config as configs
+from darwin_exp import schema
+from darwin_exp.config import ConfigError
 from darwin_exp.guidance import variants
+from darwin_exp.schema import DarwinConfig
 
 
 @pytest.fixture(autouse=True)
 def _composing() -> None:
-    OmegaConf.register_new_resolver("project_root", lambda: str(schema.PROJECT), replace=True)
-    schema.register()
+    OmegaConf.register_new_resolver("project_root", lambda: str(configs.PROJECT), replace=True)
+    configs.register()
 
 
 def _compose(*overrides: str) -> DarwinConfig:
-    with initialize_config_dir(str(schema.CONF), version_base="1.3"):
-        return schema.typed(compose("config", overrides=list(overrides)))
+    with initialize_config_dir(str(configs.CONF), version_base="1.3"):
+        return configs.typed(compose("config", overrides=list(overrides)))
 
 
 NEEDS = {"scripted": ["mutator.file=edits.yaml"]}
@@ -40,7 +42,19 @@ def test_every_recipe_composes_alone_and_with_debug_tiny(recipe: tuple[str, ...]
 @pytest.mark.parametrize(("group", "name"), VARIANTS, ids=lambda value: str(value))
 def test_every_variant_composes_into_its_own_schema(group: str, name: str) -> None:
     config = _compose(f"{group}={name}", *NEEDS.get(name, []))
-    assert isinstance(getattr(config, group), schema.schema_of(group, name))
+    assert isinstance(getattr(config, group), configs.schema_of(group, name))
+
+
+@pytest.mark.parametrize(("group", "name"), VARIANTS, ids=lambda value: str(value))
+def test_every_variant_is_read_back_as_it_was_written_down(
+    group: str, name: str, tmp_path: Path
+) -> None:
+    """Otherwise no run that was started with it could be resumed."""
+    config = _compose(f"{group}={name}", *NEEDS.get(name, []))
+    path = tmp_path / "config.yaml"
+    path.write_text(configs.as_yaml(config))
+    again = configs.from_yaml(path, [], {})
+    assert list(configs.leaves(again)) == list(configs.leaves(config))
 
 
 @pytest.mark.parametrize("group", [*schema.GROUPS, "experiment", "debug"])
@@ -194,7 +208,7 @@ def test_help_names_every_recipe_group_variant_and_key(
     for group, name in VARIANTS:
         assert group in text
         assert name in text
-    for key, _, _ in schema.leaves(_compose("mutator=operators", "memory=json")):
+    for key, _, _ in configs.leaves(_compose("mutator=operators", "memory=json")):
         known_by_name = key.endswith(".name") or ".settings." in key
         assert known_by_name or key in text, key
     assert max(map(len, text.splitlines())) <= 100
@@ -203,22 +217,35 @@ def test_help_names_every_recipe_group_variant_and_key(
 def test_only_operational_keys_may_differ_on_resume(tmp_path: Path) -> None:
     config = _compose("+experiment=baseline")
     path = tmp_path / "config.yaml"
-    path.write_text(schema.as_yaml(config))
-    same = schema.from_yaml(path, [], {})
-    assert list(schema.leaves(same)) == list(schema.leaves(config))
+    path.write_text(configs.as_yaml(config))
+    same = configs.from_yaml(path, [], {})
+    assert list(configs.leaves(same)) == list(configs.leaves(config))
 
-    longer = schema.from_yaml(path, ["n_generations=20", "workers=1", "max_hours=2"], {})
-    schema.refuse_changed_score(same, longer)
+    longer = configs.from_yaml(path, ["n_generations=20", "workers=1", "max_hours=2"], {})
+    configs.refuse_changed_score(same, longer)
     assert (longer.n_generations, longer.workers) == (20, 1)
 
     for override in ("budget_seconds=5", "seed=9", "dataset.dedup_blocks=false"):
-        other = schema.from_yaml(path, [override], {})
+        other = configs.from_yaml(path, [override], {})
         with pytest.raises(ConfigError, match=override.split("=")[0]):
-            schema.refuse_changed_score(same, other)
+            configs.refuse_changed_score(same, other)
 
 
 def test_a_mistyped_override_is_refused_on_resume_too(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text(schema.as_yaml(_compose()))
+    path.write_text(configs.as_yaml(_compose()))
     with pytest.raises(ValidationError, match="many"):
-        schema.from_yaml(path, ["n_generations=many"], {})
+        configs.from_yaml(path, ["n_generations=many"], {})
+
+
+def test_a_search_for_mfu_leaves_out_what_its_rule_would_flatter() -> None:
+    from darwin_exp.parts import CONTEXT_WARM_UP, _leave_out_what_bends_mfu, build_mutator
+
+    for fitness, left_out in (("perplexity", []), ("mfu", [CONTEXT_WARM_UP])):
+        config = _compose(f"fitness={fitness}")
+        _leave_out_what_bends_mfu(config)
+        _leave_out_what_bends_mfu(config)  # as a resumed run does
+        assert isinstance(config.mutator, schema.OperatorsConfig)
+        assert config.mutator.without == left_out
+        names = getattr(build_mutator(config.mutator), "names", ())
+        assert ("context_warm_up" in names) == (not left_out)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from darwin_exp.evolution import Parts, Plan, evolve
-from darwin_exp.fitness import PerplexityFitness
+from darwin_exp.fitness import Fitness, PerplexityFitness
 from darwin_exp.individual import (
     DataSpec,
     Edit,
@@ -103,7 +103,8 @@ def answer(job: Job) -> JobResult:
     if job.evaluation is None:
         return JobResult(job.job_id, training, None, 1.0)
     metrics = {f"{job.evaluation.split}_perplexity": perplexity}
-    rates = {"tokens_per_second": 1000.0, "mfu": 0.2 + 0.1 * quality}
+    mfu = 0.2 + 0.1 * quality
+    rates = {"tokens_per_second": 1000.0, "mfu": mfu, "mfu_claimed": mfu}
     return JobResult(job.job_id, training, Evaluation(Status.OK, metrics=metrics, rates=rates), 1.0)
 
 
@@ -139,6 +140,7 @@ class Rehearsal:
     executor: HashingExecutor = field(default_factory=HashingExecutor)
     watch: Spectator = field(default_factory=Spectator)
     memory: Memory | None = None
+    fitness: Fitness = field(default_factory=PerplexityFitness)
     plan: dict[str, Any] = field(default_factory=dict)
     max_steps: int | None = None
 
@@ -157,7 +159,7 @@ class Rehearsal:
         parts = Parts(
             mutator=self.mutator,
             selector=Truncation(elitism=1),
-            fitness=PerplexityFitness(),
+            fitness=self.fitness,
             memory=self.memory or JsonMemory(self.folder / "memory", "population", 100),
             trials=Trials(bench, self.executor, journal),
             journal=journal,
@@ -188,6 +190,7 @@ class Rehearsal:
             "n_base_repeats": 3,
             "n_claim_seeds": 4,
             "n_equal_steps": 3,
+            "n_timings": 1,
             "has_test": True,
             "max_steps": self.max_steps,
         }

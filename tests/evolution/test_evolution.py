@@ -9,6 +9,7 @@ import pytest
 
 from darwin_exp import summary
 from darwin_exp.evolution import BaseFailed, Stopped
+from darwin_exp.fitness import MfuFitness
 from darwin_exp.individual import Genome, Job, JobResult, Purpose, Reason, Status
 from darwin_exp.journal import Journal, comparable, load
 from darwin_exp.protocols import InfrastructureFailure
@@ -404,6 +405,37 @@ def test_a_run_that_was_frozen_before_its_steps_does_not_count_as_equal(
     assert journal.of_kind("claim")[0].payload["claim"]["n_base"] == 4
 
 
+def test_training_that_stops_short_of_its_steps_does_not_count_as_equal(
+    rehearse: Rehearse, executor_with: Callable[..., Any], answered: Callable[[Job], JobResult]
+) -> None:
+    """A trainer that watches its clock ends by itself, before anybody has to freeze it."""
+
+    def rule(job: Job) -> JobResult:
+        result = _at_rates(answered, {})(job)
+        if job.job_id == "g00-i00/steps-03-2":
+            return replace(result, training=replace(result.training, steps_claimed=99))
+        return result
+
+    journal = rehearse(executor=executor_with(rule=rule)).run()
+    claim = journal.of_kind("equal_steps")[0].payload["claim"]
+    assert (claim["n_base"], claim["n_selected"]) == (2, 3)
+
+
+def test_a_closed_run_that_is_resumed_reads_the_test_split_no_more(rehearse: Rehearse) -> None:
+    closed = rehearse().run().events()
+    assert rehearse().run().events() == closed
+
+
+def test_later_claims_are_held_to_half_the_level_of_the_one_before(rehearse: Rehearse) -> None:
+    rehearse().run()
+    rehearse(plan={"n_generations": 4}).run()
+    journal = rehearse(plan={"n_generations": 5}).run()
+    levels = [event.payload["claim"]["alpha"] for event in journal.of_kind("claim")]
+    assert levels == [0.05, 0.025, 0.0125]
+    timed = [e.key for e in journal.of_kind("retimed") if e.key.startswith("g00-i00/")]
+    assert timed == [f"g00-i00/retime-after-g0{last}" for last in (3, 4, 5)]
+
+
 def test_where_steps_are_counted_the_claim_itself_is_at_equal_steps(rehearse: Rehearse) -> None:
     journal = rehearse(max_steps=50).run()
     told = journal.of_kind("equal_steps")[0].payload
@@ -419,10 +451,83 @@ def test_where_steps_are_counted_the_claim_itself_is_at_equal_steps(rehearse: Re
 
 def test_rates_of_base_and_selected_are_timed_again(rehearse: Rehearse) -> None:
     journal = rehearse().run()
-    timed = {event.key for event in journal.of_kind("retimed")}
+    timed = {event.payload["individual_id"] for event in journal.of_kind("retimed")}
     assert {"g00-i00", journal.of_kind("claim")[0].payload["selected_id"]} <= timed
     steps = [event.payload["max_steps"] for event in journal.of_kind("timing")]
     assert set(steps) == {8, 30}
+
+
+def test_rates_that_are_timed_several_times_are_timed_by_turns_and_get_an_interval(
+    rehearse: Rehearse, executor_with: Callable[..., Any], answered: Callable[[Job], JobResult]
+) -> None:
+    def rule(job: Job) -> JobResult:
+        slowness = 1.0 + 0.1 * (job.training.seed % 7)  # the machine is never twice the same
+        return _at_rates(answered, {job.individual_id: 0.01 * slowness})(job)
+
+    journal = rehearse(plan={"n_timings": 3}, executor=executor_with(rule=rule)).run()
+    timed = [event.key.split("/") for event in journal.of_kind("timing")]
+    searched = [(name, what) for name, what in timed if "claim" not in what]
+    everybody = list(dict.fromkeys(name for name, _ in searched))
+    assert [name for name, what in searched if what.endswith("long")] == everybody * 3
+    # Those timings chose the selected one; what is claimed of it rests on others.
+    selected = journal.of_kind("claim")[0].payload["selected_id"]
+    claimed = [name for name, what in timed if "claim" in what and what.endswith("long")]
+    assert claimed == ["g00-i00", selected] * 3
+    base = [e for e in journal.of_kind("retimed") if e.payload["individual_id"] == "g00-i00"]
+    assert [event.key for event in base] == [
+        "g00-i00/retime-after-g03",
+        "g00-i00/retime-claim-after-g03",
+    ]
+    assert len(base[-1].measured["mfus"]) == 3
+    assert base[-1].measured["mfu"] == sorted(base[-1].measured["mfus"])[1]
+    told = summary.summarise(load_sessioned(journal), 13, "finished")
+    assert told["baseline"]["mfu"] == base[-1].measured["mfu"]
+    gain = told["improvement"]
+    assert gain["mfu_ci95"][0] < gain["mfu_percent"] < gain["mfu_ci95"][1]
+
+
+def test_a_count_of_tokens_that_grows_in_the_re_timing_is_not_believed(
+    rehearse: Rehearse, executor_with: Callable[..., Any], answered: Callable[[Job], JobResult]
+) -> None:
+    """What the harness timed in the search bounds it, as far as the machine is as quiet as then."""
+
+    def rule(job: Job) -> JobResult:
+        result = _at_rates(answered, {})(job)
+        scored = result.evaluation
+        if scored is not None:
+            details = {"speed": {"tokens_per_second_bound": 1100.0}}
+            return replace(result, evaluation=replace(scored, details=details))
+        lies = job.individual_id != "g00-i00"
+        tokens = (result.training.tokens_claimed or 0) * (10 if lies else 1)
+        return replace(result, training=replace(result.training, tokens_claimed=tokens))
+
+    journal = rehearse(executor=executor_with(rule=rule)).run()
+    found = {e.payload["individual_id"]: e.measured for e in journal.of_kind("retimed")}
+    assert found.pop("g00-i00")["tokens_per_second"] == pytest.approx(1000)
+    assert found
+    assert all(rate["tokens_per_second"] == pytest.approx(1100) for rate in found.values())
+
+
+def test_a_fitness_of_rates_is_decided_by_rates_that_were_timed_again(
+    rehearse: Rehearse, executor_with: Callable[..., Any], answered: Callable[[Job], JobResult]
+) -> None:
+    """Whoever met a quiet machine in the search is not selected for it."""
+    plain = rehearse("plain", fitness=MfuFitness(None)).run()
+    lucky = plain.of_kind("claim")[0].payload["selected_id"]
+
+    def rule(job: Job) -> JobResult:
+        slow = job.purpose is Purpose.RETIME and job.individual_id == lucky
+        return _at_rates(answered, {lucky: 0.05 if slow else 0.01})(job)
+
+    rehearsal = rehearse(
+        "again",
+        fitness=MfuFitness(None),
+        executor=executor_with(rule=rule),
+        plan={"n_timings": 2},
+    )
+    journal = rehearsal.run()
+    assert lucky in {event.payload["individual_id"] for event in journal.of_kind("retimed")}
+    assert journal.of_kind("claim")[0].payload["selected_id"] != lucky
 
 
 def test_without_a_test_split_no_claim_is_made_and_it_is_said_why(rehearse: Rehearse) -> None:

@@ -26,8 +26,15 @@ TINY = {"n_layers": 2, "n_heads": 2, "width": 32, "batch_size": 4}
 STRUCTURAL = [name for name, edit in EDITS.items() if isinstance(edit, CodeEdit)]
 ON_SETTINGS = [name for name, edit in EDITS.items() if isinstance(edit, SettingsEdit)]
 ON_TRAINING = [name for name in STRUCTURAL if EDITS[name].file == "train.py"]
+# Whichever comes second is refused, though they are about different things.
+EXCLUSIVE = [{"adamw_eps", "lion"}, {"sandwich_norm", "zero_projections"}]
 # Pairs of edits that a child may hold: about different things, in both orders.
-PAIRS = [(one, other) for one in EDITS for other in EDITS if EDITS[one].about != EDITS[other].about]
+PAIRS = [
+    (one, other)
+    for one in EDITS
+    for other in EDITS
+    if EDITS[one].about != EDITS[other].about and {one, other} not in EXCLUSIVE
+]
 
 
 def with_settings(genome: Genome, **changed: Any) -> Genome:
@@ -54,15 +61,16 @@ def edited(genome: Genome, name: str, seed: int = 0) -> Genome:
 
 
 def one_of_each_kind(names: Iterable[str], rng: Random) -> list[str]:
-    """Return names in random order, one only of those that are about the same thing."""
+    """Return names in random order that one genome can hold, one about each thing at most."""
     by_topic = groupby(sorted(names, key=lambda n: EDITS[n].about), lambda n: EDITS[n].about)
     chosen = [rng.choice(list(group)) for _, group in by_topic]
-    return rng.sample(chosen, len(chosen))
+    drawn = rng.sample(chosen, len(chosen))
+    return [n for i, n in enumerate(drawn) if not any({n, m} in EXCLUSIVE for m in drawn[:i])]
 
 
-def lay_out_genome(genome: Genome, folder: Path, **job: Any) -> Path:
+def lay_out_genome(genome: Genome, folder: Path, vocab_size: int = V, **job: Any) -> Path:
     """Lay out a run on a pattern that a model can learn, so that its training shows in the loss."""
-    return lay_out(genome, folder, np.arange(4_000) * 7 % V, V, **job)
+    return lay_out(genome, folder, np.arange(4_000) * 7 % V, vocab_size, **job)
 
 
 def train(genome: Genome, folder: Path, **job: Any) -> dict[str, Any]:

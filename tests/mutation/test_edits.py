@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import runpy
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from itertools import permutations
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from darwin_exp.individual import Genome, Reason
 from darwin_exp.mutation import EDITS
 from darwin_exp.mutation.builtin import read_settings
 from darwin_exp.protocols import EditFailed
 from tests.mutation.edited import (
+    EXCLUSIVE,
     ON_SETTINGS,
     ON_TRAINING,
     PAIRS,
@@ -33,6 +39,7 @@ from tests.mutation.edited import (
     edited,
     lay_out_genome,
     one_of_each_kind,
+    train,
     trained,
     with_settings,
 )
@@ -98,6 +105,35 @@ def test_structural_edits_of_all_kinds_compose_in_any_order(
     assert_keeps_the_contract(trained(child, tmp_path), tmp_path)
 
 
+def test_edits_of_all_kinds_keep_to_the_clock(
+    base: Genome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = base
+    for library in (STRUCTURAL, ON_SETTINGS):
+        for name in one_of_each_kind(library, Random(0)):
+            child = edited(child, name, seed=0)
+    # Every look at this clock takes a while, so that a busy machine makes no difference.
+    looks, replace = itertools.count(), os.replace
+    saves: list[tuple[float, set[str]]] = []
+
+    def note(source: Path, target: Path) -> None:
+        replace(source, target)
+        if target.name == "model.safetensors":
+            saves.append((time.monotonic(), set(load_file(target))))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: 0.08 * next(looks))
+        patch.setattr(os, "replace", note)
+        names = train(child, tmp_path, max_steps=None, budget_seconds=4.0)
+    (early, first), *_, (late, last) = saves
+    assert early - names["started"] < 1.0
+    assert late - names["started"] <= 4.0
+    assert first == last
+    assert names["step"] > 10
+    assert names["progress"] > 0.9
+    assert_keeps_the_contract(rebuilt(tmp_path), tmp_path)
+
+
 def test_a_composition_trains_by_itself_in_a_fresh_process(base: Genome, tmp_path: Path) -> None:
     child = base
     for name in ("rotary", "muon", "untied_head", "squared_relu", "trapezoid", "higher_rate"):
@@ -134,6 +170,15 @@ def test_an_edit_says_so_when_the_code_is_beyond_recognition(name: str) -> None:
     broken = Genome.of({"train.py": "def (", "model.py": "class", "settings.json": "{"})
     with pytest.raises(EditFailed):
         edited(broken, name)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [p for e in EXCLUSIVE for p in permutations(sorted(e))]
+)
+def test_what_would_undo_another_edit_is_refused(base: Genome, first: str, second: str) -> None:
+    with pytest.raises(EditFailed) as refusal:
+        edited(edited(base, first), second)
+    assert refusal.value.reason is Reason.DOES_NOT_APPLY
 
 
 @pytest.mark.parametrize("name", EDITS)
@@ -181,8 +226,14 @@ def test_depth_and_width_are_traded_at_about_equal_size(base: Genome, layers: in
     for name in ("shallower_wider", "deeper_narrower"):
         after = read_settings(edited(with_settings(base, **before), name))
         ratio = after["n_layers"] * after["width"] ** 2 / (layers * 192**2)
-        assert 0.6 < ratio < 1.5
-        assert after["width"] % after["n_heads"] == 0
+        assert 0.8 <= ratio <= 1.2
+        assert after["width"] % (2 * after["n_heads"]) == 0
+        assert (after["width"] > 192) == (after["n_layers"] < layers)
+
+
+def test_depth_and_width_are_not_traded_where_the_size_would_change(base: Genome) -> None:
+    with pytest.raises(EditFailed, match="no width near 3"):
+        edited(with_settings(base, n_layers=1, n_heads=1, width=4), "deeper_narrower")
 
 
 def test_zeroed_projections_leave_the_first_logits_to_the_embedding(
@@ -286,6 +337,23 @@ def test_structural_edits_fit_a_model_that_somebody_else_wrote(
     assert_keeps_the_contract(trained(child, tmp_path), tmp_path)
     assert "# queries" in child.as_dict["model.py"]
     assert "self.wpe" not in child.as_dict["model.py"]
+
+
+def test_an_edit_stays_apart_from_operators_beside_it(base: Genome, tmp_path: Path) -> None:
+    text = FOREIGN.replace("self.wte(idx)", "self.wte(idx) * 8.0")
+    child = edited(base.with_files({"model.py": text}), "bigram_embedding")
+    child.write_to(tmp_path)
+    with code_first(tmp_path):
+        module = runpy.run_path(str(tmp_path / "model.py"))
+    settings = read_settings(child)
+    model: Any = module["build_model"]({**settings, "vocab_size": V, "context_length": T})
+    torch.nn.init.ones_(model.bigram_embedding.weight)
+    torch.nn.init.zeros_(model.wpe.weight)
+    read: list[torch.Tensor] = []
+    model.layers[0].register_forward_pre_hook(lambda _, inputs: read.append(*inputs))
+    tokens = torch.arange(T)[None]
+    model(tokens)
+    torch.testing.assert_close(read[0], (model.wte(tokens) + 1.0) * 8.0)
 
 
 def test_structural_edits_survive_renaming(base: Genome, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from darwin_exp.individual import Genome
 from darwin_exp.mutation import EDITS
 from darwin_exp.mutation.builtin import read_settings
 from tests.mutation.edited import (
+    TINY,
     V,
     base_genome,
     edited,
@@ -30,6 +31,8 @@ from tests.mutation.edited import (
     with_settings,
 )
 from tests.tiny_run import T, progress_of
+
+HIDDEN = 4 * TINY["width"]  # the outputs of an MLP's first layer, were there as many tokens
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -162,15 +165,47 @@ def _tiny(**changed: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("tied_head", [True, False])
-def test_embeddings_and_head_do_not_decay(base: Genome, tied_head: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("vocab_size", [V, HIDDEN])
+def test_embeddings_and_head_do_not_decay(
+    base: Genome, tied_head: bool, vocab_size: int, tmp_path: Path
+) -> None:
     child = with_settings(base, **_tiny(tied_head=tied_head))
-    names = train(after(child, "decay_groups", decaying="hidden matrices"), tmp_path, max_steps=1)
+    child = after(child, "decay_groups", decaying="hidden matrices")
+    names = train(child, tmp_path, max_steps=1, vocab_size=vocab_size)
     decaying = {
         id(p) for g in names["optimizer"].param_groups if g["weight_decay"] for p in g["params"]
     }
     for name, parameter in names["model"].named_parameters():
         hidden = name.startswith("blocks") and parameter.dim() == 2
         assert (id(parameter) in decaying) == hidden, name
+
+
+@pytest.mark.parametrize("tied_head", [True, False])
+@pytest.mark.parametrize("vocab_size", [V, HIDDEN])
+def test_muon_moves_all_hidden_matrices_and_no_others(
+    base: Genome, tied_head: bool, vocab_size: int, tmp_path: Path
+) -> None:
+    child = edited(with_settings(base, **_tiny(tied_head=tied_head)), "muon")
+    names = train(child, tmp_path, max_steps=1, vocab_size=vocab_size)
+    moved = {id(weight) for stack in names["optimizer"].stacks.values() for weight in stack}
+    for name, parameter in names["model"].named_parameters():
+        hidden = name.startswith("blocks") and parameter.dim() == 2
+        assert (id(parameter) in moved) == hidden, name
+
+
+def test_a_head_is_found_beside_or_around_the_embedding(base: Genome, tmp_path: Path) -> None:
+    names = train(edited(base, "muon"), tmp_path, max_steps=1)
+    hidden = nn.ModuleList([nn.Linear(12, 48), nn.Linear(48, 12)])
+    tables = nn.ModuleDict({"places": nn.Embedding(16, 12), "tokens": nn.Embedding(48, 12)})
+    net = nn.ModuleDict(
+        {
+            "trunk": nn.ModuleDict({**tables, "hidden": hidden}),
+            "head": nn.Linear(12, 48),
+        }
+    )
+    found = {id(weight) for weight in names["tables_of"](net)}
+    expected = (tables["places"], tables["tokens"], net["head"])
+    assert found == {id(module.weight) for module in expected}
 
 
 def test_everything_decays(base: Genome, tmp_path: Path) -> None:
@@ -310,3 +345,31 @@ def test_what_is_saved_is_the_power_law_average_of_all_steps(base: Genome, tmp_p
     saved = weights(tmp_path)["token_embedding.weight"]
     torch.testing.assert_close(saved, expected)
     assert not torch.equal(saved, seen[-1])
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(("cautious", "ema_at_save"))])
+def test_what_is_averaged_are_the_steps_that_were_kept(
+    base: Genome, order: tuple[str, str], tmp_path: Path
+) -> None:
+    # Decay this strong moves weights against their gradients from the first step on.
+    strong = with_settings(base, **_tiny(warmup_fraction=0.0, weight_decay=100.0))
+    names = train(edited(edited(strong, order[0]), order[1]), tmp_path / "both", max_steps=1)
+    kept = names["model"].state_dict()
+    assert same(weights(tmp_path / "both"), kept)
+    train(edited(strong, "ema_at_save"), tmp_path / "uncorrected", max_steps=1)
+    assert not same(weights(tmp_path / "uncorrected"), kept)
+
+
+def test_a_weight_of_two_names_has_one_average(base: Genome, tmp_path: Path) -> None:
+    names = train(after(base, "ema_at_save", power=8), tmp_path, max_steps=1)
+    table, head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+    head.weight = table.weight
+    net = nn.ModuleDict({"table": table, "head": head})
+    average = names["WeightAverage"](net)
+    for value in (1.0, 2.0):
+        nn.init.constant_(head.weight, value)
+        average.update()
+    saved = average.over(net.state_dict())
+    assert saved["head.weight"] is saved["table.weight"]
+    assert 1 < saved["head.weight"].mean() < 2
+    assert average.over({"head.weight": head.weight}).keys() == {"head.weight"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from itertools import permutations
 from random import Random
 from typing import Any
 
@@ -243,6 +244,19 @@ def test_a_branch_is_as_large_as_its_gain_says(name: str) -> None:
     torch.testing.assert_close(10 * sizes[0], sizes[1])
 
 
+@pytest.mark.parametrize("order", [*permutations(("sandwich_norm", "layer_scale"))])
+def test_a_gain_is_never_normalised_away(order: tuple[str, str]) -> None:
+    gains = {"sandwich_norm": 0.05, "layer_scale": 0.3}
+    genome = BASE
+    for name in order:
+        genome = applied(name, genome, gain=gains[name])
+    block: Any = built(genome).get_submodule("blocks.0")
+    for branch in (block.attention, block.mlp):
+        # Only inputs of some size leave the norm's own epsilon without a say.
+        size = branch(torch.randn(2, T, 32) * 1e3).square().mean().sqrt()
+        torch.testing.assert_close(size, torch.tensor(0.05 * 0.3), atol=0, rtol=1e-2)
+
+
 def test_blocks_start_from_embeddings_of_unit_size() -> None:
     model = built(applied("embedding_norm"))
     read: list[Tensor] = []
@@ -259,6 +273,20 @@ def test_initial_weights_are_scaled_but_not_gains() -> None:
     for name, tensor in before.items():
         factor = 2.0 if tensor.dim() == 2 else 1.0
         torch.testing.assert_close(after[name], factor * tensor)
+
+
+def test_a_matrix_of_two_layers_is_scaled_once() -> None:
+    text = BASE.as_dict["model.py"]
+    tie = (
+        "        self.initialise_weights()\n"
+        "        self.twin = nn.Linear(config.width, config.vocab_size, bias=False)\n"
+        "        self.twin.weight = self.token_embedding.weight\n"
+    )
+    twins = BASE.with_files({"model.py": text.replace("        self.initialise_weights()\n", tie)})
+    scaled = built(applied("init_scale", twins, factor=3.0)).state_dict()
+    before = built(twins).state_dict()
+    for name in ("token_embedding.weight", "twin.weight"):
+        torch.testing.assert_close(scaled[name], 3.0 * before[name])
 
 
 def test_every_logit_has_a_bias_that_starts_at_nothing() -> None:
@@ -288,6 +316,11 @@ def test_a_width_that_leaves_no_room_for_other_heads_is_said_so() -> None:
 
 # Models in which something stands in another way than an edit can follow.
 REFUSALS = {
+    "rotary": (
+        "        for name, parameter in self",
+        "        print(self.position_embedding.weight.shape)\n        for name, parameter in self",
+        "still needs self.position_embedding",
+    ),
     "alibi": ("is_causal=True", "is_causal=T > 1", "mask is another one"),
     "parallel_block": ("x = x + self.attention(", "x = 1.0 * x + self.attention(", "no block adds"),
     "shared_blocks": ("range(config.n_layers)", "range(0, config.n_layers)", "made in another way"),
@@ -307,3 +340,25 @@ def test_an_edit_says_why_it_does_not_fit(name: str) -> None:
     genome = BASE.with_files({"model.py": text.replace(old, new)})
     with pytest.raises(EditFailed, match=reason):
         EDITS[name].apply(genome, EDITS[name].draw(genome, Random(0)))
+
+
+def test_a_name_imported_in_a_function_is_imported_for_all() -> None:
+    text = BASE.as_dict["model.py"].replace("import math\n", "", 1)
+    loop = "        for name, parameter in self.named_parameters():\n"
+    genome = BASE.with_files({"model.py": text.replace(loop, f"        import math\n\n{loop}")})
+    assert built(applied("grouped_kv", genome, group=2))(tokens()).shape == (3, T, V)
+
+
+def test_what_would_change_nothing_is_refused() -> None:
+    with pytest.raises(EditFailed, match="cannot be divided"):
+        applied("grouped_kv", with_settings(BASE, n_heads=3, width=24), group=4)
+    with pytest.raises(EditFailed, match="no neighbour"):
+        applied("shared_blocks", with_settings(BASE, n_layers=1))
+
+
+def test_a_description_names_the_group_that_the_heads_allow() -> None:
+    told = EDITS["grouped_kv"].describe(with_settings(BASE, n_heads=6, width=96), {"group": 4})
+    assert told.endswith("one for 2 query heads")
+    bare = Genome.of({"model.py": BASE.as_dict["model.py"]})
+    assert EDITS["grouped_kv"].describe(bare, {"group": 4}).endswith("one for 4 query heads")
+    assert "head_group" in applied("grouped_kv", bare, group=4).as_dict["model.py"]

@@ -16,24 +16,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from darwin_exp.champion import next_command
 from darwin_exp.chronicle import Chronicle
 from darwin_exp.genome import Genome
 from darwin_exp.journal import Journal, JournalError
 from darwin_exp.protocols import Event
 from darwin_exp.report import write_report
 from darwin_exp.report.__main__ import main
-from darwin_exp.report.charts import pareto_front
+from darwin_exp.report.charts import best_so_far, pareto_front
 from darwin_exp.report.effects import MFU, PERPLEXITY, mean_of, operator_records
 from darwin_exp.report.facts import Facts, gather, n_requested
 from darwin_exp.report.lineage import backbone, rows
 from darwin_exp.report.page import render
 from darwin_exp.report.patch import patches, visible
+from darwin_exp.report.progress import progress
 from tests.report.long_journal import LongJournal
 
 PICTURES = {"perplexity", "mfu", "pareto", "best_so_far", "lineage", "edits"}
 HOSTILE = (
-    "</script><script>alert(1)</script><img src=x onerror=alert(2)><svg onload=alert(3)>"
-    "\"'&amp;{{ 7 * 7 }}{% for %}]]>-->$\\frac\x1b[31m\u202egnp.exe"
+    "\x1b[31m\u202egnp.exe</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+    "<svg onload=alert(3)>"
+    "\"'&amp;{{ 7 * 7 }}{% for %}]]>-->$\\frac"
 )
 
 
@@ -232,6 +235,70 @@ def test_further_generations_of_a_resumed_run_are_requested_too(tmp_path: Path) 
     assert command in Page.of(folder).text
 
 
+def champion_of(folder: Path) -> str:
+    selected = Chronicle.read(folder).selected
+    assert selected is not None
+    return selected.individual_id
+
+
+def test_what_can_be_done_with_a_champion_is_offered_once_there_is_one(
+    page: Page, finished: Path, tmp_path: Path
+) -> None:
+    commands = ("genome.dir=", "python -m darwin_exp.ablate")
+    for command in commands:
+        assert command in page.text
+    assert next_command(Chronicle.read(finished), finished / "champion") in page.text
+    going_on = Page.of(LongJournal(tmp_path / "on", 12, 2).write("search"))
+    base = Page.of(LongJournal(tmp_path / "base", 12, 2, failing=1.0).write())
+    for command in commands:
+        assert command not in going_on.text
+        assert command not in base.text
+
+
+def test_a_claim_that_does_not_know_the_last_generations_is_said_to_be_old(
+    page: Page, finished: Path
+) -> None:
+    assert "older than the run" not in page.text
+    events = Chronicle.read(finished).events
+    last = [event for event in events if event.kind == "individual"][-1]
+    later = [
+        replace(last, key=name, payload={**last.payload, "individual_id": name, "generation": 5})
+        for name in ("g05-i00", "g05-i01")
+    ]
+    facts = gather(Chronicle.of([*events, *later]), finished, "interrupted")
+    text = Page(render(facts)).text
+    assert "older than the run" in text
+    assert "does not know the 2 rewrites finished since" in text
+    again = next(event for event in events if event.kind == "claim")
+    closed = gather(Chronicle.of([*events, *later, replace(again, key="after-g05")]), finished)
+    assert closed.n_unclaimed == 0
+
+
+def test_an_ablation_is_told_in_changes_and_by_its_source(tmp_path: Path) -> None:
+    folder = LongJournal(tmp_path / "r", 20, 2).write()
+    part = {"name": "rotary", "contribution_percent": 3.0, "ci95": [1.0, 5.0], "verdict": "pays"}
+    found = {
+        "champion_id": champion_of(folder),
+        "n_seeds": 4,
+        "split": "gate",
+        "base": {"perplexity": None, "n": 0, "note": "1 of 1 trainings failed: CRASHED"},
+        "champion": {"perplexity": 9.0, "n": 4, "note": ""},
+        "parts": [part],
+        "pruned": {"dropped": ["wider"], "percent_vs_champion": 1.5, "ci95": [0.5, 2.5], "n": 4},
+    }
+    (folder / "ablation").mkdir()
+    (folder / "ablation" / "summary.json").write_text(json.dumps(found))
+    page = Page.of(folder)
+    assert "−3.0 % −5.0 % to −1.0 %" in page.text
+    assert "Without wider: perplexity −1.5 % against the champion ( −2.5 % to −0.5 %" in (
+        page.text.replace("(−", "( −")
+    )
+    assert "base – (1 of 1 trainings failed: CRASHED), champion 9.000." in page.text
+    assert "from ablation/summary.json , which the ablation left" in page.text
+    assert "Of perplexity only" not in page.text
+    assert "Of perplexity only" in Page(render(by_mfu(folder))).text
+
+
 # --- what is claimed ------------------------------------------------------------------------------
 
 
@@ -350,6 +417,52 @@ def test_a_retimed_rate_is_not_taken_for_an_effect(finished: Path) -> None:
     parent = searched[selected.parent_ids[0]]
     expected = 100 * (searched[selected.individual_id] / parent - 1)
     assert facts.effects[selected.individual_id].mfu_percent == pytest.approx(expected)
+
+
+def by_mfu(folder: Path) -> Facts:
+    """Return the facts of a run as if it had been selected by MFU, at the base's perplexity."""
+    chronicle = Chronicle.read(folder)
+    assert chronicle.base is not None
+    base = chronicle.base.values[PERPLEXITY]
+
+    def weighed(event: Event) -> Event:
+        payload = {**event.payload}
+        if event.kind == "run":
+            payload["config"] = {**payload["config"], "fitness.name": "mfu"}
+        elif event.kind == "individual" and payload["status"] == "OK":
+            excess = math.log(payload["metrics"][PERPLEXITY] / base)
+            payload["fitness"] = event.measured["rates"][MFU] if excess <= 0 else -excess
+        return replace(event, payload=payload)
+
+    return gather(Chronicle.of([weighed(event) for event in chronicle.events]), folder)
+
+
+def test_a_perplexity_above_the_margin_is_not_shown_as_an_mfu(finished: Path) -> None:
+    facts = by_mfu(finished)
+    measured = [one for one in facts.chronicle.rewrites if one.fitness is not None]
+    above = {one.individual_id for one in measured if (one.fitness or 0.0) < 0}
+    assert 0 < len(above) < len(measured)
+    shown = progress(facts)
+    assert shown.n_left_out == len(above)
+    assert {one.individual_id for _, one, _ in shown.each} == {
+        one.individual_id for one in measured if one.individual_id not in above
+    }
+    assert all(value > 0 for _, value in shown.curve)
+    assert all(value > 0 for _, _, value in shown.each)
+    assert f"{len(above)} with perplexity above the margin left out" in best_so_far(facts)
+
+
+def test_a_perplexity_above_the_margin_has_no_z_in_the_noise_of_mfu(finished: Path) -> None:
+    facts = by_mfu(finished)
+    known = set()
+    for agent in facts.chronicle.rewrites:
+        parent = facts.chronicle.agent(agent.parent_ids[0])
+        assert parent is not None
+        if agent.fitness is not None and parent.fitness is not None:
+            within = agent.fitness >= 0 and parent.fitness >= 0
+            known.add(within)
+            assert (facts.effects[agent.individual_id].z is not None) is within
+    assert known == {True, False}
 
 
 # --- time, lineage, front, patch ------------------------------------------------------------------

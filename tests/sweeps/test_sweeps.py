@@ -20,11 +20,12 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from darwin_exp import config as schema
-from darwin_exp import launching, sweep
+from darwin_exp import config as configs
+from darwin_exp import launching, schema, sweep
 from darwin_exp.chronicle import Chronicle
-from darwin_exp.config import PROJECT, ConfigError, DarwinConfig
+from darwin_exp.config import PROJECT, ConfigError
 from darwin_exp.guidance import help_text, variants
+from darwin_exp.schema import DarwinConfig
 from darwin_exp.sweep import Plan, Sweep
 
 FILES = {
@@ -41,13 +42,13 @@ FILES = {
 @pytest.fixture(autouse=True)
 def _composing() -> None:
     OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT), replace=True)
-    schema.register()
+    configs.register()
 
 
 @functools.cache  # half a second each
 def _compose(*overrides: str) -> DarwinConfig:
-    with initialize_config_dir(str(schema.CONF), version_base="1.3"):
-        return schema.typed(compose("config", overrides=list(overrides)))
+    with initialize_config_dir(str(configs.CONF), version_base="1.3"):
+        return configs.typed(compose("config", overrides=list(overrides)))
 
 
 def _params(name: str) -> dict[str, Any]:
@@ -77,9 +78,9 @@ def test_every_sweep_file_composes_to_the_jobs_it_promises(name: str) -> None:
     )
     assert asked == {(one, seed): 1 for one in settings for seed in range(n_seeds)}
     # Composing takes its time, and seeds differ in one number: one of them stands for all.
-    configs = [_compose(*job) for job in jobs if "seed=1" in job]
-    assert {(config.seed, config.experiment) for config in configs} == {(1, "baseline")}
-    different = {json.dumps([(k, str(v)) for k, v, _ in schema.leaves(c)]) for c in configs}
+    composed = [_compose(*job) for job in jobs if "seed=1" in job]
+    assert {(config.seed, config.experiment) for config in composed} == {(1, "baseline")}
+    different = {json.dumps([(k, str(v)) for k, v, _ in configs.leaves(c)]) for c in composed}
     assert len(different) == len(settings), "two settings are the same run"
 
 
@@ -156,7 +157,8 @@ def test_runs_are_found_again_also_after_the_runs_were_moved(tmp_path: Path) -> 
         sweep.enlist(folder, tmp_path / "runs" / name, "command", frozenset({"m=a"}))
     for name in ("r1", "r2"):
         (tmp_path / "runs" / name).mkdir()
-        (tmp_path / "runs" / name / "config.yaml").touch()
+        for needed in ("config.yaml", "journal.sqlite"):
+            (tmp_path / "runs" / name / needed).touch()
     with (folder / "runs.jsonl").open("a") as file:
         file.write('{"run_id": "cut o')
     (tmp_path / "runs").rename(tmp_path / "moved")
