@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import json
 
+from darwin_exp.genome import parse_python
 from darwin_exp.individual import Genome, Reason
 
 
@@ -18,10 +18,10 @@ def objection(genome: Genome, parent: Genome) -> tuple[Reason, str] | None:
     for path, text in genome.files:
         try:
             if path.endswith(".py"):
-                ast.parse(text)
+                parse_python(text)
             elif path.endswith(".json"):
                 json.loads(text)
-        except (SyntaxError, ValueError) as error:
+        except (SyntaxError, ValueError, RecursionError) as error:
             return Reason.SYNTAX, f"{path} does not parse: {error}"
     for needed in ("train.py", "model.py"):
         if needed not in genome.as_dict:

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ GENOME_SUFFIXES = (".py", ".json", ".toml", ".yaml", ".yml", ".txt")
 NOT_GENOME = frozenset({"job.json", "model.json", "requirements.txt"})
 OUTPUT_FOLDER = "out"  # beside train.py: what a training by hand leaves is no training code
 MAX_GENOME_BYTES = 1_000_000
+_PARSING = threading.Lock()
 _NO_FILE, _EMPTY_FILE = "0000000", "e69de29"  # as git calls them
 
 
@@ -198,10 +200,23 @@ class _Normaliser(ast.NodeTransformer):
         return node
 
 
+def parse_python(text: str) -> ast.Module:
+    """Parse Python source, one thread at a time.
+
+    CPython counts the depth of the tree that it builds once for all threads, so that two that parse
+    at the same time may end in a SystemError (its issue 106905).
+
+    Raises:
+        SyntaxError, ValueError, RecursionError: it is no Python, or nested too deeply.
+    """
+    with _PARSING:
+        return ast.parse(text)
+
+
 def _normalised(path: str, text: str) -> str:
     try:
         if path.endswith(".py"):
-            return ast.dump(_Normaliser().visit(ast.parse(text)))
+            return ast.dump(_Normaliser().visit(parse_python(text)))
         if path.endswith(".json"):
             return json.dumps(json.loads(text), sort_keys=True)
     except (SyntaxError, ValueError, RecursionError):

@@ -18,6 +18,7 @@ from typing import cast
 
 import libcst as cst
 
+from darwin_exp.genome import parse_python
 from darwin_exp.mutation.builtin import does_not_apply
 from darwin_exp.mutation.loop import Loop
 from darwin_exp.mutation.roles import Method
@@ -244,7 +245,7 @@ class Code(Loop):
         """Import the names among these that the file does not import at its top level yet."""
         bound = {
             alias.asname or alias.name
-            for node in ast.parse(self.text).body
+            for node in parse_python(self.text).body
             if isinstance(node, ast.Import | ast.ImportFrom)
             for alias in node.names
         }
