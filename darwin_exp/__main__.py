@@ -31,8 +31,9 @@ from darwin_exp.config import CONF, PROJECT, ConfigError, from_yaml, register, t
 from darwin_exp.display import LiveDisplay, PlainDisplay, Watch, watch_for
 from darwin_exp.guidance import explain, help_text
 from darwin_exp.parts import folder
-from darwin_exp.run import Command, run, terminable
+from darwin_exp.run import Command, run
 from darwin_exp.schema import GROUPS, DarwinConfig, Show
+from darwin_exp.signals import terminable
 from darwin_exp.sweep import Sweep
 
 EXIT_CODES: list[int] = []

@@ -447,20 +447,6 @@ def _write(path: Path, text: str) -> None:
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """Let SIGTERM end runs and sweeps as Ctrl-C does: resumable, with nothing left running."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
 def _uninterrupted(came: list[int]) -> Iterator[None]:
     """Hold off Ctrl-C while what is on disk is put in order, which takes seconds.
 

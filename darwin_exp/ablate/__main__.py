@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
@@ -25,6 +24,7 @@ from darwin_exp.ablate.work import ALSO_UNCLEAR, DEFAULT_SEEDS, KEEP_ALL, WORTHL
 from darwin_exp.config import PROJECT, ConfigError
 from darwin_exp.journal import Divergence, Journal, JournalError
 from darwin_exp.protocols import Interrupted
+from darwin_exp.signals import terminable
 from darwin_exp.summary import BY_SIGNAL, WRONG
 from darwin_exp.trials import Broken
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _parser().parse_args(arguments)
     display = Display(Console())
     try:
-        with display, _terminable():
+        with display, terminable():
             return _ablate(chosen, display)
     except (ConfigError, JournalError, Broken, OSError) as error:
         print(f"darwin: {error}", file=sys.stderr)
@@ -129,20 +129,6 @@ def _seeds(text: str) -> int:
     if n < 2:
         raise argparse.ArgumentTypeError("a spread takes at least 2 seeds")
     return n
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end an ablation as Ctrl-C does."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

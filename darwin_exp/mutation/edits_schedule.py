@@ -5,6 +5,7 @@ Each puts another shape in the place of half a cosine and leaves the warm-up alo
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from darwin_exp.individual import Genome
@@ -21,9 +22,9 @@ class _CoolDown(TrainingEdit):
     about = "schedule"
     line: ClassVar[str]  # the shape of the fall, in words
 
+    @abstractmethod
     def factor(self, cooldown: float) -> str:
         """Return the factor on the rate, where `{}` is the progress since the warm-up, 0 to 1."""
-        raise NotImplementedError
 
     def rewrite(self, code: Code, parameters: Parameters) -> None:
         shape = self.factor(float(parameters["cooldown"]))
