@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from darwin_exp.protocols import Executor, InfrastructureFailure, Interrupted
 CHECKPOINT = "artefacts/model.safetensors"  # below the folder of a trial
 BASE_ID = "g00-i00"
 MAX_TRIES = 3  # a lost trial is repeated at most twice
+# What these say of rates is not asked for: closing times them separately.
+_CLAIMS = (Purpose.CLAIM, Purpose.EQUAL_STEPS)
 
 
 class Broken(Exception):
@@ -124,17 +126,19 @@ class Trials:
 
     def _job(self, trial: Trial, attempt: int) -> Job:
         bench = self._bench
-        training = TrainingSpec(
-            **{
-                **bench.training.__dict__,
-                "seed": randomness.training_seed(bench.seed, trial.name),
-                "max_steps": trial.max_steps or bench.training.max_steps,
-                "budget_seconds": trial.budget_seconds or bench.training.budget_seconds,
-            }
+        training = replace(
+            bench.training,
+            seed=randomness.training_seed(bench.seed, trial.name),
+            max_steps=trial.max_steps or bench.training.max_steps,
+            budget_seconds=trial.budget_seconds or bench.training.budget_seconds,
         )
         evaluation = None
         if trial.split is not None:
-            evaluation = EvaluationSpec(**{**bench.evaluation.__dict__, "split": trial.split})
+            evaluation = replace(
+                bench.evaluation,
+                split=trial.split,
+                verify_rate=bench.evaluation.verify_rate and trial.purpose not in _CLAIMS,
+            )
         return Job(
             job_id=f"{trial.name}.{attempt}" if attempt else trial.name,
             individual_id=trial.individual_id,
