@@ -31,6 +31,9 @@ MAX_STEPS = 200
 EAGER_SECONDS = 20.0
 COMPILED_SECONDS = 45.0
 COMPILED_GAIN = 3.0  # by how much compiling may speed up an eager pass, and hardly ever does
+# Budgets below this are over before a compiled pass has paid for its own compilation, so that no
+# honest claim can rest on one. Compiling here would cost the slot as long as the training did.
+SHORTEST_COMPILED_SECONDS = {"cpu": 30.0, "cuda": 15.0}
 # Nats that a timed pass's loss may be from the same row's when it is only scored.
 LOSS_TOLERANCE = {False: 0.05, True: 0.2}  # by whether it ran in bfloat16
 
@@ -186,13 +189,15 @@ def _ways(
     eager_seconds, compiled_seconds = EAGER_SECONDS, COMPILED_SECONDS
     if job.training.max_steps is None:
         eager_seconds = min(eager_seconds, max(2.0, budget / 2))
-        compiled_seconds = min(compiled_seconds, max(5.0, budget))
+        compiled_seconds = min(compiled_seconds, budget)
     sizes, start = TOKENS_PER_BATCH[device], time.monotonic()
     precisions = (False, True) if device == "cpu" else (True, False)
     for _ in range(2):
         for bfloat16 in precisions:
             for n_tokens in sizes:
                 yield n_tokens, bfloat16, False, min(deadline, start + eager_seconds)
+    if job.training.max_steps is None and budget < SHORTEST_COMPILED_SECONDS[device]:
+        return
     stop = min(deadline, time.monotonic() + compiled_seconds)
     for n_tokens, bfloat16 in sorted(fastest, key=lambda way: -fastest[way]):
         yield n_tokens, bfloat16, True, stop
