@@ -31,8 +31,9 @@ MAX_STEPS = 200
 EAGER_SECONDS = 20.0
 COMPILED_SECONDS = 45.0
 COMPILED_GAIN = 3.0  # by how much compiling may speed up an eager pass, and hardly ever does
-# Budgets below this are over before a compiled pass has paid for its own compilation, so that no
-# honest claim can rest on one. Compiling here would cost the slot as long as the training did.
+# Where the clock runs out sooner, compiled passes are not tried: they would have to pay for their
+# own compilation within the training, and trying them costs the slot as long as the training did.
+# The bounds are chosen, not measured; a claim above the eager passes is cut to them.
 SHORTEST_COMPILED_SECONDS = {"cpu": 30.0, "cuda": 15.0}
 # Nats that a timed pass's loss may be from the same row's when it is only scored.
 LOSS_TOLERANCE = {False: 0.05, True: 0.2}  # by whether it ran in bfloat16

@@ -205,7 +205,9 @@ class Projection:
             **dict(event.payload.get("metrics") or {}),
             **dict(event.measured.get("rates") or {}),
         }
-        metrics = {f"{name}_{k}": v for k, v in found.items() if "perplexity" in k or k == "mfu"}
+        # Of a claim's trainings no rate is bounded: what those say of MFU is the genome's own word.
+        shown = {"mfu"} if purpose == "base_repeat" else set()
+        metrics = {f"{name}_{k}": v for k, v in found.items() if "perplexity" in k or k in shown}
         self._runs.log(
             self._runs.parent(), metrics=metrics, timestamp=_milliseconds(event), step=step
         )
