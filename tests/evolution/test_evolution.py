@@ -392,6 +392,25 @@ def test_the_closing_claim_is_also_made_at_equal_steps(
     assert at_steps["perplexity_percent"] != improvement["perplexity_percent"]
 
 
+def test_no_slot_time_is_spent_on_the_rates_of_a_claim(
+    rehearse: Rehearse,
+    executor_with: Callable[..., Any],
+    answered: Callable[[Job], JobResult],
+) -> None:
+    executor = executor_with(rule=answered)
+    rehearse(executor=executor).run()
+    asked: dict[Purpose, set[bool]] = {}
+    for job in executor.jobs:
+        if job.evaluation is not None:
+            asked.setdefault(job.purpose, set()).add(job.evaluation.verify_rate)
+    assert asked == {
+        Purpose.BASE_REPEAT: {True},
+        Purpose.SEARCH: {True},
+        Purpose.CLAIM: {False},
+        Purpose.EQUAL_STEPS: {False},
+    }
+
+
 def test_a_run_that_was_frozen_before_its_steps_does_not_count_as_equal(
     rehearse: Rehearse,
     executor_with: Callable[..., Any],
