@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast test-edits check format bench ui clean
+.PHONY: help setup run test test-fast test-edits test-integrity check format bench image ui clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*?## "} {printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*?## "} {printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready ## make .venv with everything in it, and the default data set
 	@$(BIN)/python -m data shakespeare --fallback stdlib
@@ -35,6 +35,9 @@ test-fast: setup ## run what needs neither long training nor a browser
 test-edits: setup ## train all pairs of built-in edits and a draw of triples, on all cores
 	$(BIN)/python -m pytest -n auto -m edits tests/mutation
 
+test-integrity: setup ## score every honest model and every cheat of the zoos under ten secrets
+	$(BIN)/python -m pytest -n auto -m integrity tests/evaluation
+
 check: setup ## formatter, linter, types and the import contract
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -47,6 +50,9 @@ format: setup ## put the code into shape
 
 bench: setup ## run the benchmarks and print their table
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only
+
+image: setup ## make the training image of sandbox=docker (BASE_IMAGE=... for another base)
+	$(BIN)/python -m darwin_exp.image
 
 ui: setup ## the MLflow UI on this checkout's runs, at http://127.0.0.1:5000
 	@mkdir -p runs

@@ -240,11 +240,9 @@ def _agent(event: Event, retimed: Mapping[str, Mapping[str, Any]]) -> Agent:
     payload, measured = event.payload, event.measured
     name = str(payload["individual_id"])
     edits = tuple(Edit(**edit) for edit in payload["edits"])
-    again = {
-        rate: value
-        for rate in ("mfu", "tokens_per_second")
-        if (value := retimed.get(name, {}).get(rate)) is not None
-    }
+    again = retimed.get(name, {})
+    rates = {**measured.get("rates", {})}
+    rates |= {rate: again[rate] for rate in ("mfu", "tokens_per_second") if rate in again}
     suffix = "_seconds"
     return Agent(
         individual_id=name,
@@ -259,7 +257,7 @@ def _agent(event: Event, retimed: Mapping[str, Mapping[str, Any]]) -> Agent:
         status=Status(payload["status"]),
         reason=payload["reason"],
         message=payload["message"],
-        values={**payload["metrics"], **measured.get("rates", {}), **again},
+        values=payload["metrics"] | {k: v for k, v in rates.items() if v is not None},
         fitness=payload["fitness"],
         genome_id=payload["genome_id"],
         attempts=payload["attempts"],

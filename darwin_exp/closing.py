@@ -28,7 +28,13 @@ AtOnce = Callable[[Iterable[Callable[[], Any]]], list[Any]]
 # The runs of a re-timing: name, share of the steps claimed in the search, fewest steps.
 LONG_SHARE = 0.3
 RETIMINGS = (("short", 0.08, 4), ("long", LONG_SHARE, 12))
+RETIMED = ("tokens_per_second", "mfu")
 LONGEST_SECONDS = 20.0  # about what the long one may take, however long the search trained
+
+# How many of the slower side's steps both are given at equal steps: fewer than all, or a machine
+# that is slower now than in the search would keep a side from finishing, and what has not finished
+# cannot be counted.
+STEPS_SHARE = 0.8
 
 # How much longer than in the search the same number of steps may take before a run is frozen: a
 # busy machine needs some; code that trains past the steps it was told gains no more.
@@ -72,22 +78,23 @@ class Closing:
         selected = max(ok, key=lambda one: (one.fitness, one is base))
         front = pareto_front(ok, ("val_perplexity", "mfu"))
         timed = {one.individual_id: one for one in (base, selected, *front)}
-        found = self._retime(base, list(timed.values()), key, "retime")
+        found = self._retime(list(timed.values()), key, "retime")
         if self.n_timings > 1:
             # What was selected by these timings is timed once more: they were partly luck.
             selected = self._fittest(base, found)
             pair = list({one.individual_id: one for one in (base, selected)}.values())
-            self._retime(base, pair, key, "retime-claim")
+            self._retime(pair, key, "retime-claim")
         self._claim(base, selected, last, key)
 
     # --- the claim -------------------------------------------------------------------------------
 
     def _claim(self, base: Individual, selected: Individual, last: int, key: str) -> None:
         """Train both afresh, read the test split, and write down what may be said of them."""
-        looks = [
+        read = {event.key.split("/")[1] for event in self.journal.of_kind("test_read")}
+        looks = [  # also those that came to no claim
             event
             for event in self.journal.of_kind("claim")
-            if event.payload["claim"] is not None and _generation(event.key) < last
+            if _generation(event.key) < last and f"claim-{_generation(event.key):02d}-0" in read
         ]
         why_none = self._why_no_claim(base, selected)
         steps, why_no_steps = self._equal_steps(base, selected, why_none)
@@ -95,18 +102,25 @@ class Closing:
         readings += [] if steps is None else self._by_steps(base, selected, last, steps)
         scored = self.at_once([lambda one=one: self._read_test(one) for one in readings])  # type: ignore[misc]
         losses: dict[tuple[str, int | None], list[float]] = {}
-        for reading, loss in zip(readings, scored, strict=True):
+        for reading, read in zip(readings, scored, strict=True):
             seen = losses.setdefault((reading.individual.individual_id, reading.max_steps), [])
-            seen += [] if loss is None else [loss]
+            seen += [] if read.loss is None else [read.loss]
+            if read.fault and reading.individual is selected:
+                # Code that fails when it is unlucky would else be judged by its luck.
+                why = f"a fresh training of the selected failed ({reading.name}: {read.fault})"
+                if reading.max_steps is None:
+                    why_none = why_none or why
+                else:
+                    why_no_steps = why_no_steps or why
 
         # Every look at the test split after the first is held to half the level of the one before,
         # so that all of them together stay below twice that of one.
         alpha = 0.05 / 2 ** len(looks)
 
-        def claim(max_steps: int | None) -> dict[str, Any] | None:
+        def claim(max_steps: int | None, why_none: str | None) -> dict[str, Any] | None:
             of_base = losses.get((base.individual_id, max_steps))
             of_selected = losses.get((selected.individual_id, max_steps))
-            if of_base is None or of_selected is None:
+            if why_none or of_base is None or of_selected is None:
                 return None
             return asdict(welch(of_base, of_selected, alpha))
 
@@ -118,13 +132,13 @@ class Closing:
         self.journal.once(
             "equal_steps",
             key,
-            lambda: ({"claim": None if steps is None else claim(steps)}, {}),
+            lambda: ({"claim": None if steps is None else claim(steps, why_no_steps)}, {}),
             given={**given, "n_steps": steps, "why_none": why_no_steps},
         )
         self.journal.once(
             "claim",
             key,
-            lambda: ({"claim": claim(None)}, {}),
+            lambda: ({"claim": claim(None, why_none)}, {}),
             given={**given, "why_none": why_none},
         )
 
@@ -140,7 +154,8 @@ class Closing:
     ) -> tuple[int | None, str | None]:
         """Return how many steps both sides are to be given, or None and why not.
 
-        It is what the slower side did under the clock, so that neither needs longer than it had.
+        It is most of what the slower side did under the clock, so that neither needs longer than it
+        had.
         """
         if why_none is not None:
             return None, why_none
@@ -148,7 +163,7 @@ class Closing:
             return None, f"every training of this run has {self.max_steps} steps already"
         if self.n_equal_steps == 0:
             return None, "promotion.n_equal_steps=0"
-        fewest = min(round(self._pace(one)[0]) for one in (base, selected))
+        fewest = math.floor(STEPS_SHARE * min(self._pace(one)[0] for one in (base, selected)))
         return (fewest, None) if fewest else (None, "a side left no count of its steps")
 
     def _by_the_clock(self, base: Individual, selected: Individual, last: int) -> list[_Reading]:
@@ -164,7 +179,7 @@ class Closing:
         seconds = {}
         for one in (base, selected):
             searched, took = self._pace(one)
-            seconds[one.individual_id] = 1.0 + PATIENCE * took * steps / searched
+            seconds[one.individual_id] = 1.0 + PATIENCE * took * steps / (STEPS_SHARE * searched)
         return [
             _Reading(
                 one,
@@ -176,8 +191,8 @@ class Closing:
             for one in _turn_about(base, selected, k)
         ]
 
-    def _read_test(self, reading: _Reading) -> float | None:
-        """Train afresh and return the loss on test in nats, or None where it does not count."""
+    def _read_test(self, reading: _Reading) -> _Read:
+        """Train afresh and return the loss on test, or what keeps it from counting."""
         one, name = reading.individual, reading.name
         self.journal.once(
             "test_read", name, lambda: ({}, {}), given={"individual_id": one.individual_id}
@@ -194,19 +209,21 @@ class Closing:
                 budget_seconds=reading.budget_seconds,
             )
         )
-        scored = result.evaluation
-        if scored is None or scored.status is not Status.OK:
-            return None
-        if reading.max_steps not in (None, result.training.steps_claimed):
-            return None  # time ran out, or it went past the steps it was told
+        outcome, scored = result.outcome, result.evaluation
+        if outcome.status is Status.INFRA_LOST:
+            return _Read()
+        if outcome.status is not Status.OK or scored is None:
+            return _Read(fault=outcome.status.value)
         if reading.max_steps is not None and result.training.stopped_at_budget:
-            return None
-        return math.log(scored.metrics["test_perplexity"])
+            return _Read(fault="time ran out")
+        if reading.max_steps not in (None, result.training.steps_claimed):
+            return _Read(fault=f"{result.training.steps_claimed} steps instead of those asked for")
+        return _Read(math.log(scored.metrics["test_perplexity"]))
 
     # --- rates -----------------------------------------------------------------------------------
 
     def _retime(
-        self, base: Individual, individuals: Sequence[Individual], key: str, stage: str
+        self, individuals: Sequence[Individual], key: str, stage: str
     ) -> dict[str, Individual]:
         """Replace claimed rates by slopes between short and long runs, taken in turn.
 
@@ -218,33 +235,28 @@ class Closing:
         """
         turns = [(one, k) for k in range(self.n_timings) for one in individuals]
         timed = self.at_once(
-            [lambda one=one, k=k: self._time(one, f"{stage}-{key}-{k}") for one, k in turns]  # type: ignore[misc]
+            [
+                lambda one=one, k=k: self._time(one, f"{stage}-{key}-{k}", examined=k == 0)  # type: ignore[misc]
+                for one, k in turns
+            ]
         )
         rounds: dict[str, list[list[JobResult]]] = {}
         for (one, _), runs in zip(turns, timed, strict=True):
             rounds.setdefault(one.individual_id, []).extend([runs] if runs else [])
-        quiet = _quieter_by(base, rounds.get(base.individual_id, []))
         after = {}
         for one in individuals:
-            name, rates = one.individual_id, {}
+            name, rates = one.individual_id, dict(one.rates)
             if rounds[name]:
                 event = self.journal.once(
                     "retimed",
                     f"{name}/{stage}-{key}",
-                    lambda one=one: ({}, self._found(one, rounds[one.individual_id], quiet)),  # type: ignore[misc]
+                    lambda one=one: ({}, retimed(rounds[one.individual_id])),  # type: ignore[misc]
                     given={"individual_id": name},
                 )
-                names = ("tokens_per_second", "mfu")
-                rates = {name: event.measured[name] for name in names if name in event.measured}
-            after[name] = replace(one, rates={**one.rates, **rates})
+                found = {name: event.measured.get(name, rates.get(name)) for name in RETIMED}
+                rates = {k: v for k, v in {**rates, **found}.items() if v is not None}
+            after[name] = replace(one, rates=rates)
         return after
-
-    def _found(
-        self, individual: Individual, rounds: Sequence[Sequence[JobResult]], quiet: float
-    ) -> dict[str, Any]:
-        searched = self._searched(individual)
-        bound = searched[0].measured["details"].get("speed", {}).get("tokens_per_second_bound")
-        return retimed(individual, rounds, None if bound is None else bound * quiet)
 
     def _fittest(self, base: Individual, timed: Mapping[str, Individual]) -> Individual:
         """Return the fittest of those that were timed again, by what was found then.
@@ -261,23 +273,29 @@ class Closing:
         fittest = max(timed.values(), key=fitness)
         return base if fittest is again else fittest
 
-    def _time(self, individual: Individual, stage: str) -> list[JobResult]:
-        """Make the two runs of one timing; none where there is no rate to be replaced."""
+    def _time(self, individual: Individual, stage: str, examined: bool) -> list[JobResult]:
+        """Make the two runs of one timing; none where there is no rate to be replaced.
+
+        Args:
+            examined: whether the model of the long one is timed as well.
+        """
         steps, seconds = self._pace(individual)
         if not steps or individual.measured("mfu") is None:
             return []
         most = round(LONGEST_SECONDS * steps / max(seconds, 1e-9))
-        runs = []
+        runs: list[JobResult] = []
         for what, share, fewest in RETIMINGS:
+            before = [(run.training.tokens_claimed, run.training.training_seconds) for run in runs]
             name = f"{individual.individual_id}/{stage}-{what}"
             trial = Trial(
                 name,
                 individual.individual_id,
                 Purpose.RETIME,
                 individual.genome,
-                None,
+                "val" if examined and share == LONG_SHARE else None,
                 f"individuals/{name}",
                 max_steps=max(fewest, round(min(share * steps, share / LONG_SHARE * most))),
+                shorter_run=next(((n, took) for n, took in before if n is not None), None),
             )
             runs.append(self.trials.run(trial))
         return runs
@@ -315,6 +333,14 @@ class _Reading:
     budget_seconds: float | None = None
 
 
+@dataclass(frozen=True)
+class _Read:
+    """What became of a reading: a loss in nats, or a fault of the code; neither if we lost it."""
+
+    loss: float | None = None
+    fault: str = ""
+
+
 def _turn_about(base: Individual, selected: Individual, k: int) -> tuple[Individual, Individual]:
     """Return both sides in turn, so that neither always starts first or sits on the same slot."""
     return (base, selected) if k % 2 == 0 else (selected, base)
@@ -341,32 +367,36 @@ def _slopes(rounds: Sequence[Sequence[JobResult]]) -> tuple[list[float], str]:
     return rates, why_none
 
 
-def _quieter_by(base: Individual, rounds: Sequence[Sequence[JobResult]]) -> float:
-    """Return how much faster the machine is now than in the search, by the base; at least 1."""
-    rates, _ = _slopes(rounds)
-    before = base.rates.get("tokens_per_second")
-    return max(1.0, statistics.median(rates) / before) if rates and before else 1.0
-
-
-def retimed(
-    individual: Individual, rounds: Sequence[Sequence[JobResult]], bound: float | None
-) -> dict[str, Any]:
+def retimed(rounds: Sequence[Sequence[JobResult]]) -> dict[str, Any]:
     """Return median tokens per second and MFU by the slope between two runs, or why there is none.
 
+    None in their place says that the count of tokens is not believed; then neither are the search's
+    rates any more.
+
     Args:
-        rounds: of each round the short and the long run, trained and not scored.
-        bound: the rate beyond which a genome's count of its tokens is not believed: what the
-            harness found for the saved model, corrected for how quiet the machine is now.
+        rounds: of each round the short and the long run; the first long one was scored too, so that
+            its model says what a token costs, and whether it can be trained as fast as is claimed.
     """
-    rates, why_none = _slopes(rounds)
-    if not rates:
+    from darwin_exp.evaluation.rate import believed_rate, why_unbelieved
+
+    slopes, why_none = _slopes(rounds)
+    if not slopes:
         return {"why_none": why_none}
-    if bound is not None:
-        rates = [min(rate, bound) for rate in rates]
-    of_rate = individual.rates["mfu"] / individual.rates["tokens_per_second"]
+    examined = rounds[0][-1]
+    if examined.evaluation is None:
+        return {"why_none": f"{examined.job_id}: {examined.training.status.value}"}
+    told = examined.evaluation.details.get("speed", {})
+    bound, flops, peak = (
+        told.get(name) for name in ("tokens_per_second_bound", "flops_per_token", "peak_flops")
+    )
+    if not flops or not peak or (told.get("verified") and bound is None):
+        return {"why_none": told.get("note") or examined.evaluation.message}
+    if bound is not None and believed_rate(claimed := statistics.median(slopes), bound) is None:
+        return {"why_none": why_unbelieved(claimed, bound), **dict.fromkeys(RETIMED)}
+    rates = slopes if bound is None else [min(slope, bound) for slope in slopes]
     middle = statistics.median(rates)
     return {
         "tokens_per_second": middle,
-        "mfu": middle * of_rate,
-        "mfus": [rate * of_rate for rate in rates],
+        "mfu": middle * flops / peak,
+        "mfus": [rate * flops / peak for rate in rates],
     }

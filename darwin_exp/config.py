@@ -25,6 +25,7 @@ from darwin_exp.schema import (
     OPERATIONAL_GROUPS,
     SCHEMAS,
     DarwinConfig,
+    DockerConfig,
     JsonMemoryConfig,
     MergeConfig,
     Nsga2Config,
@@ -128,6 +129,8 @@ def check(config: DarwinConfig) -> None:
     for name in ("threads", "memory_mb", "file_mb", "max_processes"):
         _at_least(f"sandbox.{name}", getattr(config.sandbox, name), 1)
     _positive("sandbox.startup_seconds", config.sandbox.startup_seconds)
+    if isinstance(config.sandbox, DockerConfig):
+        _check_containers(config.sandbox)
     _positive("eval.seconds", config.eval.seconds)
     _at_least("eval.n_prefixes", config.eval.n_prefixes, 0)
     _at_least("eval.batch_tokens", config.eval.batch_tokens, 1)
@@ -138,6 +141,21 @@ def check(config: DarwinConfig) -> None:
         except ValueError as error:
             raise ConfigError("integrity.key must be hexadecimal digits, or null") from error
     _check_splits(config.dataset.splits)
+
+
+def _check_containers(box: DockerConfig) -> None:
+    for name, value in (("image", box.image), ("runtime", box.runtime)):
+        if value is not None and not value.strip():
+            raise ConfigError(f"sandbox.{name} is empty; name one, or say null")
+    if box.gpus and box.device != "cuda":
+        raise ConfigError(
+            f"sandbox.gpus={box.gpus} are used with sandbox.device=cuda only; say so, or leave "
+            "them out"
+        )
+    if len(set(box.gpus)) < len(box.gpus) or not all(gpu.strip() for gpu in box.gpus):
+        raise ConfigError(
+            f"sandbox.gpus={box.gpus} must name each GPU once, by its index or UUID, such as [0,1]"
+        )
 
 
 def _check_splits(splits: list[float]) -> None:

@@ -36,6 +36,10 @@ def build(
     """
     from darwin_exp.evaluation.scorer import Scorer
 
+    if spec.kind == "docker":
+        from darwin_exp.sandbox.docker import DockerSandbox
+
+        return DockerSandbox(slot, cpus, spec), Scorer()
     if spec.kind == "bubblewrap":
         from darwin_exp.sandbox.bubblewrap import BubblewrapSandbox
 

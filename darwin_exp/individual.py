@@ -40,6 +40,7 @@ class Reason(Enum):
     NO_OP = "no_op"
     SEEN_BEFORE = "seen_before"
     FORBIDDEN_PATH = "forbidden_path"
+    HIDDEN_DATA = "hidden_data"  # more literal data than code needs: weights or text, perhaps
     NOTHING_TO_EDIT = "nothing_to_edit"
     # training
     EXCEPTION = "exception"
@@ -55,6 +56,7 @@ class Reason(Enum):
     NORMALISATION = "normalisation"
     NONDETERMINISM = "nondeterminism"
     IMPLAUSIBLE = "implausible"
+    RESOURCES = "resources"  # took more of the machine than its slot has
     # our own failures
     START_UP = "start_up"
     CONTENTION = "contention"
@@ -108,7 +110,7 @@ class Purpose(Enum):
     BASE_REPEAT = "base_repeat"
     CLAIM = "claim"  # scored on test, under the run's own clock or steps
     EQUAL_STEPS = "equal_steps"  # scored on test, after as many steps as the other side's
-    RETIME = "retime"
+    RETIME = "retime"  # for its rate; where it is scored too, for what its model allows
 
 
 @dataclass(frozen=True)
@@ -165,19 +167,28 @@ class EvaluationSpec:
         split: "val", "gate" or "test".
         max_logits_bytes: upper bound of float32 logits that one pass transfers.
         n_prefixes: secret prefixes of the causality check.
+        cuts_per_window: how many prefixes of one window may be asked for, each no shorter than
+            the one before; with `n_prefixes` it bounds what the check costs.
+        second_pass: share of the windows that the first server is asked for in full as well, in
+            another order.
         batch_tokens: tokens that M answers at a time.
         seconds: deadline of the whole scoring.
         peak_flops: FLOP/s that MFU is measured against; None where unknown.
         verify_rate: whether the claimed token rate is bounded by the harness's own timing.
+        shorter_run: tokens and seconds of a shorter run of the same code; what the claim is then
+            made of is the difference.
     """
 
     split: str
     max_logits_bytes: int = 2 << 30
     n_prefixes: int = 256
+    cuts_per_window: int = 1
+    second_pass: float = 0.25
     batch_tokens: int = 8192
     seconds: float = 300.0
     peak_flops: float | None = None
     verify_rate: bool = True
+    shorter_run: tuple[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -185,14 +196,20 @@ class SandboxSpec:
     """Which sandbox a node shall build, and its options.
 
     Attributes:
-        kind: "process" or "bubblewrap" (containers join later).
+        kind: "process", "bubblewrap" or "docker".
         allow_untrusted: whether code not written by built-in edits may run in it.
         uid: unprivileged user id of slot 0 where the harness runs as root; slot k gets uid + k.
+        image: id of the image of containers, which no tag can move.
+        runtime: what the engine runs containers with; None for its default.
+        gpus: device ids of the GPUs that containers may use; slot k uses the k-th alone.
     """
 
     kind: str
     allow_untrusted: bool = False
     uid: int = 64_000
+    image: str = ""
+    runtime: str | None = None
+    gpus: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -203,8 +220,9 @@ class Job:
         job_id: unique within a run, the same in a resumed run; also the journal's key.
         folder: where log, checkpoint and evaluation details are left, on a file system that
             driver and node share.
+        run_id: name of the run, for the labels of what a sandbox starts.
         secret: bytes from which S derives what a genome must not predict.
-        evaluation: None trains without scoring (smoke runs and re-timings).
+        evaluation: None trains without scoring (smoke runs and most re-timings).
     """
 
     job_id: str
@@ -217,6 +235,12 @@ class Job:
     evaluation: EvaluationSpec | None
     secret: bytes
     folder: Path
+    run_id: str = ""
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What tells people whose a program is that a sandbox started for this job."""
+        return {"run": self.run_id, "individual": self.individual_id, "attempt": self.job_id}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 from darwin_exp import execution, schema
 from darwin_exp.config import PROJECT, ConfigError
+from darwin_exp.containment import assign_gpus, choose_sandbox, environment_of, sandbox_spec
 from darwin_exp.evolution import Plan
 from darwin_exp.fitness import Fitness, MfuFitness, PerplexityFitness, WeightedFitness
 from darwin_exp.individual import (
@@ -42,7 +43,6 @@ from darwin_exp.protocols import (
     Lesson,
     Memory,
     Mutator,
-    SandboxUnavailable,
     Selector,
 )
 from darwin_exp.schema import DarwinConfig
@@ -66,6 +66,7 @@ class Workshop:
     Attributes:
         config: as it will run: fallbacks and automatic choices are filled in.
         environment: what scores depend on beside the genome.
+        image: name of the containers' image; the environment holds its id.
     """
 
     config: DarwinConfig
@@ -74,6 +75,7 @@ class Workshop:
     mutator: Mutator
     slots: list[tuple[int, ...]]
     environment: dict[str, Any]
+    image: str | None = None
 
     @property
     def environment_id(self) -> str:
@@ -101,6 +103,7 @@ def prepare_workshop(
     mutator = build_mutator(config.mutator)
     build_selector(config.selection)
     build_fitness(config.fitness)
+    config.workers = assign_gpus(config.sandbox, config.workers)
     if config.workers is None:
         cores = len(os.sched_getaffinity(0))
         config.workers = max(1, min(MOST_SLOTS_BY_DEFAULT, cores // config.sandbox.threads))
@@ -110,11 +113,10 @@ def prepare_workshop(
         slots = execution.slots(config.workers, config.sandbox.threads)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    _check_device(config.sandbox)
-    _choose_sandbox(config, announce, mutator.trusted, may_fall_back)
+    image = choose_sandbox(config.sandbox, announce, mutator.trusted, may_fall_back)
     genome = base or base_genome(config, announce)
     data = _prepare_data(config, announce, may_fall_back)
-    return Workshop(config, genome, data, mutator, slots, _environment(config, data))
+    return Workshop(config, genome, data, mutator, slots, _environment(config, data), image)
 
 
 def base_genome(config: DarwinConfig, announce: Announce) -> Genome:
@@ -277,7 +279,7 @@ def build_specs(
         seconds=config.eval.seconds,
         peak_flops=peak_flops,
     )
-    return training, evaluation, SandboxSpec(box.name, box.allow_untrusted, box.uid)
+    return training, evaluation, sandbox_spec(box)
 
 
 def measure_peak(workshop: Workshop, announce: Announce) -> float | None:
@@ -334,51 +336,6 @@ def _leave_out_what_bends_mfu(config: DarwinConfig) -> None:
         config.mutator.without = [*config.mutator.without, CONTEXT_WARM_UP]
 
 
-def _check_device(box: schema.SandboxConfig) -> None:
-    if box.device != "cuda":
-        return
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            "sandbox.device=cuda: torch finds no CUDA device here; use sandbox.device=cpu, or "
-            "install a CUDA build of torch"
-        )
-
-
-def _choose_sandbox(
-    config: DarwinConfig, announce: Announce, trusted: bool, may_fall_back: bool
-) -> None:
-    """Resolve sandbox=auto, and refuse a sandbox that is absent or too weak for the code."""
-    from darwin_exp.sandbox.bubblewrap import BubblewrapSandbox
-    from darwin_exp.sandbox.process import ProcessSandbox
-
-    box = config.sandbox
-    if box.name == "auto":
-        try:
-            BubblewrapSandbox.check()
-            box.name = "bubblewrap"
-            announce("sandbox: bubblewrap (no network, read-only system)")
-        except SandboxUnavailable as missing:
-            if not may_fall_back:
-                raise ConfigError(
-                    f"sandbox=auto: {missing}; in a sweep say sandbox=process to do without"
-                ) from missing
-            box.name = "process"
-            announce(f"sandbox: process, for careless code only. Stronger: {missing}")
-    elif box.name == "process":
-        announce("sandbox: process, for careless code only. Stronger: sandbox=bubblewrap")
-    try:
-        (BubblewrapSandbox if box.name == "bubblewrap" else ProcessSandbox).check()
-    except SandboxUnavailable as missing:
-        raise ConfigError(f"sandbox={box.name}: {missing}") from missing
-    if box.name == "process" and not trusted and not box.allow_untrusted:
-        raise ConfigError(
-            "sandbox=process does not contain code of unknown origin, and this mutator brings "
-            "some; use sandbox=bubblewrap, or say sandbox.allow_untrusted=true"
-        )
-
-
 def _prepare_data(config: DarwinConfig, announce: Announce, may_fall_back: bool) -> DataSpec:
     try:
         data = prepare(_request(config), announce)
@@ -427,9 +384,7 @@ def _environment(config: DarwinConfig, data: DataSpec) -> dict[str, Any]:
         "context_length": config.trainer.context_length,
         "budget_seconds": config.budget_seconds,
         "max_steps": config.max_steps,
-        "device": config.sandbox.device,
-        "threads": config.sandbox.threads,
-        "sandbox": config.sandbox.name,
+        **environment_of(config.sandbox),
         "max_logits_bytes": config.eval.max_logits_bytes,
         "n_prefixes": config.eval.n_prefixes,
         "scorer": _hash_of_sources(PROJECT / "darwin_exp" / "evaluation"),

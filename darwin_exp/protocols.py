@@ -160,6 +160,7 @@ class Launch:
         name: for labels and process titles; holds no secret.
         inputs: host path by the name under which it appears in `in/`.
         job: content of `job.json`; its paths are relative to the working directory.
+        labels: what else tells people whose it is, such as "run"; the program does not see them.
     """
 
     name: str
@@ -168,6 +169,7 @@ class Launch:
     inputs: Mapping[str, Path]
     job: Mapping[str, Any]
     limits: Limits
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -292,6 +292,7 @@ class _Session:
                     "host": socket.gethostname(),
                     "peak_flops": peak,
                     "n_slots": len(workshop.slots),
+                    "image": workshop.image,
                     "sweep_id": self.command.sweep_id,
                 },
             ),

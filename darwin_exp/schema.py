@@ -188,6 +188,14 @@ class SandboxConfig:
 
 
 @dataclass
+class DockerConfig(SandboxConfig):
+    name: str = "docker"
+    image: str | None = _key(None, "container image; null: what `make image` makes")
+    runtime: str | None = _key(None, "container runtime such as runsc; null: the engine's own")
+    gpus: list[str] = _key([], "the GPU of each slot, by index or UUID; [] counts from 0", True)
+
+
+@dataclass
 class ExecutorConfig:
     name: str = MISSING
 
@@ -288,7 +296,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "crossover": {"crossover": CrossoverConfig, "merge": MergeConfig},
     "pairing": {"pairing": PairingConfig},
     "promotion": {"promotion": PromotionConfig},
-    "sandbox": {"sandbox": SandboxConfig},
+    "sandbox": {"sandbox": SandboxConfig, "docker": DockerConfig},
     "executor": {"executor": ExecutorConfig},
     "tracking": {"tracking": TrackingConfig},
 }

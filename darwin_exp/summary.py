@@ -148,16 +148,16 @@ def _side(
         ]
         return math.exp(sum(map(math.log, values)) / len(values)) if values else None
 
-    mfu = (retimed.get(name) or {}).get("mfu")
+    again = retimed.get(name) or {}
     return {
         "individual_id": name,
         "generation": event.payload["generation"],
         "val_perplexity": mean_log("val_perplexity"),
         "val_bpb": mean_log("val_bpb"),
         "test_perplexity": mean_log("test_perplexity"),
-        "mfu": event.measured["rates"].get("mfu") if mfu is None else mfu,
-        "mfu_retimed": mfu is not None,
-        "mfus_retimed": (retimed.get(name) or {}).get("mfus"),
+        "mfu": again.get("mfu", event.measured["rates"].get("mfu")),
+        "mfu_retimed": again.get("mfu") is not None,
+        "mfus_retimed": again.get("mfus"),
         "replicates": sum(job.payload["purpose"] == "claim" for job in ours),
     }
 

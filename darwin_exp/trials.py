@@ -33,8 +33,12 @@ from darwin_exp.protocols import Executor, InfrastructureFailure, Interrupted
 CHECKPOINT = "artefacts/model.safetensors"  # below the folder of a trial
 BASE_ID = "g00-i00"
 MAX_TRIES = 3  # a lost trial is repeated at most twice
-# What these say of rates is not asked for: closing times them separately.
+# What is claimed is examined harder than what is searched: with so many times the prefixes, as far
+# as so many cuts of each window go, and with so many of the windows asked for twice. That is about
+# twice the tokens, in each of a claim's trainings. What these say of rates is not asked for:
+# closing times them separately.
 _CLAIMS = (Purpose.CLAIM, Purpose.EQUAL_STEPS)
+CLAIM_PREFIXES, CLAIM_CUTS, CLAIM_SECOND_PASS = 4, 2, 0.5
 
 
 class Broken(Exception):
@@ -52,6 +56,7 @@ class Trial:
         max_steps: overrides the run's own number of steps.
         budget_seconds: overrides the run's own clock.
         keeps_model: whether the trained weights are wanted once they are scored.
+        shorter_run: tokens and seconds of a re-timing's other run.
     """
 
     name: str
@@ -63,6 +68,7 @@ class Trial:
     max_steps: int | None = None
     budget_seconds: float | None = None
     keeps_model: bool = False
+    shorter_run: tuple[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,13 +140,27 @@ class Trials:
         )
         evaluation = None
         if trial.split is not None:
-            evaluation = replace(
-                bench.evaluation,
-                split=trial.split,
-                verify_rate=bench.evaluation.verify_rate and trial.purpose not in _CLAIMS,
-            )
+            evaluation = replace(bench.evaluation, split=trial.split)
+            if trial.purpose in _CLAIMS:
+                evaluation = replace(
+                    evaluation,
+                    n_prefixes=CLAIM_PREFIXES * evaluation.n_prefixes,
+                    cuts_per_window=CLAIM_CUTS,
+                    second_pass=CLAIM_SECOND_PASS,
+                    verify_rate=False,
+                )
+            elif trial.purpose is Purpose.RETIME:
+                # Nothing but its speed is asked: one window shows that it is a model at all.
+                evaluation = replace(
+                    evaluation,
+                    n_prefixes=0,
+                    second_pass=0.0,
+                    max_logits_bytes=1,
+                    shorter_run=trial.shorter_run,
+                )
+        job_id = f"{trial.name}.{attempt}" if attempt else trial.name
         return Job(
-            job_id=f"{trial.name}.{attempt}" if attempt else trial.name,
+            job_id=job_id,
             individual_id=trial.individual_id,
             purpose=trial.purpose,
             genome=trial.genome,
@@ -148,8 +168,9 @@ class Trials:
             training=training,
             sandbox=bench.sandbox,
             evaluation=evaluation,
-            secret=randomness.secret(bench.integrity_key, "scorer", trial.name),
+            secret=randomness.secret(bench.integrity_key, "scorer", job_id),
             folder=bench.run_folder / trial.folder,
+            run_id=bench.run_folder.name,
         )
 
     def _carry_out(self, job: Job, last: bool) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

@@ -1,29 +1,32 @@
 """Checks that a model neither reads ahead nor answers differently when it is asked again.
 
-Reads: windows of held-out tokens, a secret, and what two fresh model servers answered.
+Reads: what two fresh model servers' answers cost, and what they were asked (`questions`).
 Writes: nothing.
-Never: shows the first server a token that follows a prefix it is asked about.
+Never: takes silence for an answer: a check that compared nothing is not passed.
 
-A first server gets secret prefixes at full length whose true continuation is never sent; only
-then a second, freshly started one gets the full windows. Whatever a model predicts before a cut
-must be the same in both. Both work on batches of the same shape, and a prefix stands in the row
-where its full window will stand, so that an honest model's arithmetic is the same to the last bit
-in most cases and rounding is not mistaken for reading ahead.
+Whatever a model predicts before a cut must cost the same whether what follows was sent or not; and
+a whole window the same whatever was asked before it and stands beside it. A model may well find out
+that it is being tested: it still cannot know the true continuation of a prefix, and so has to
+answer the full window as if it did not know it either.
 
-This is evidence, not proof: a leak at very few positions can lie between the cuts.
+Should the second server learn what the first was asked, it loses less where that was not probed.
+
+This is evidence, not proof: a leak at very few positions, or in very few windows, can lie between
+the cuts, and one below the tolerances is taken for rounding.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from darwin_exp.evaluation.exchange import Refused
+from darwin_exp.evaluation.questions import Ints, Nats, Prefixes, Schedule
 from darwin_exp.individual import Reason, Status
+from darwin_exp.protocols import InfrastructureFailure
 
 # How far two answers to the same question may be apart, in nats.
 MEAN_TOLERANCE = 0.002
@@ -31,157 +34,13 @@ MAX_TOLERANCE = 0.05
 # A band of distances with fewer losses is not judged by its mean: one difference that the maximum
 # lets pass must not be enough to refuse a model.
 MIN_BAND_POSITIONS = 25
+# How many standard errors what nobody probed may cost less than what was probed. Cuts are drawn at
+# random, so that an honest model gets there once in a thousand million evaluations.
+MAX_Z = 6.0
+N_SHUFFLES = 256  # of the cuts, which tell how large the standard error is
 # A batch of one takes other kernels, and bfloat16 models round visibly there.
 ALONE_MEAN_TOLERANCE = 0.02
 ALONE_MAX_TOLERANCE = 0.5
-
-N_REPEATS = 4  # windows sent twice
-MAX_DONOR_TOKENS = 1_000_000  # searched for natural continuations
-
-Ints = NDArray[np.int64]
-Tokens = NDArray[np.int32]
-Nats = NDArray[np.float64]
-
-
-def secret_generator(secret: bytes, purpose: str) -> np.random.Generator:
-    """Return random numbers that only the harness can foresee, one sequence per purpose."""
-    digest = hmac.new(secret, purpose.encode(), hashlib.sha256).digest()
-    return np.random.default_rng(int.from_bytes(digest, "big"))
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Which window stands in which row of which batch of the full pass.
-
-    Attributes:
-        windows: window index by batch and row (n_batches, B); every window at least once.
-        first: whether this is the first time that the window is sent (n_batches, B).
-    """
-
-    windows: Ints
-    first: NDArray[np.bool_]
-
-    @classmethod
-    def draw(cls, n_windows: int, rows: int, rng: np.random.Generator) -> Schedule:
-        """Shuffle windows into batches of at most `rows` rows, with some windows sent twice.
-
-        A repeat stands in the row of its original but in another batch, where there is one.
-        """
-        n_slots = n_windows + min(N_REPEATS, n_windows)
-        n_batches = -(-n_slots // rows)
-        B = -(-n_slots // n_batches)
-        windows = np.full(n_batches * B, -1, dtype=np.int64)
-        slots = rng.permutation(n_batches * B)
-        originals = np.sort(slots[:n_windows])
-        windows[originals] = rng.permutation(n_windows)
-        grid = windows.reshape(n_batches, B)
-        first = grid >= 0
-        for batch, row in np.argwhere(~first):
-            known = np.flatnonzero(first[:, row])
-            if len(known):
-                grid[batch, row] = grid[rng.choice(known), row]
-            else:
-                grid[batch, row] = rng.integers(n_windows)
-        return cls(grid, first)
-
-    def by_window(self, nats: Nats) -> Nats:
-        """Return the first answer for every window (n_windows, T), in the order of windows."""
-        windows, answers = self.windows[self.first], nats[self.first]
-        ordered: Nats = answers[np.argsort(windows)]
-        return ordered
-
-
-@dataclass(frozen=True)
-class Prefixes:
-    """What the first server is asked.
-
-    Attributes:
-        tokens: prefixes with false continuations (n_batches, B, T).
-        windows: whose prefixes they are (n_batches, B).
-        cuts: how many true tokens each holds; 0 where the row is filler (n_batches, B).
-        slots: the batch of the full pass in which that window stands (n_batches, B).
-    """
-
-    tokens: NDArray[np.int32]
-    windows: Ints
-    cuts: Ints
-    slots: Ints
-
-    @property
-    def n(self) -> int:
-        return int(np.count_nonzero(self.cuts))
-
-
-def draw_prefixes(
-    windows: Tokens, schedule: Schedule, n: int, vocab_size: int, rng: np.random.Generator
-) -> Prefixes:
-    """Choose windows, cut them, and put something else where the rest was.
-
-    Args:
-        windows: all scored windows, each with the token after it (n_windows, T + 1).
-        n: about how many prefixes; whole batches are filled, and no window is used twice.
-    """
-    T = windows.shape[1] - 1
-    n_batches, B = schedule.windows.shape
-    n_passes = min(n_batches, -(-n // B)) if T > 1 else 0
-    chosen = np.full((n_passes, B), -1, dtype=np.int64)
-    for row in range(B):
-        known = rng.permutation(np.flatnonzero(schedule.first[:, row]))[:n_passes]
-        chosen[: len(known), row] = known
-    used = chosen >= 0
-    slots = np.where(used, chosen, 0)
-    of = schedule.windows[slots, np.arange(B)]
-    cuts = np.zeros_like(chosen)
-    cuts[used] = _draw_cuts(T, int(used.sum()), rng)
-    # Continuations in natural language come from windows of which no prefix is sent.
-    donors = np.delete(windows, of[used], axis=0)[:, :-1].ravel()[:MAX_DONOR_TOKENS]
-    tokens = rng.integers(vocab_size, size=(n_passes, B, T), dtype=np.int32)
-    for i, (batch, row) in enumerate(np.argwhere(used)):
-        window, cut = windows[of[batch, row]], int(cuts[batch, row])
-        tokens[batch, row, :cut] = window[:cut]
-        suffix = tokens[batch, row, cut:]  # uniformly random so far
-        if i % 3 == 1 and len(donors) > T:
-            suffix[:] = _natural_suffix(window[: cut + 1], len(suffix), donors, rng)
-        elif i % 3 == 2:
-            suffix[:] = rng.integers(vocab_size)
-        if suffix[0] == window[cut]:
-            suffix[0] = (suffix[0] + 1) % vocab_size
-    return Prefixes(tokens, of, cuts, slots)
-
-
-def _draw_cuts(context_length: int, n: int, rng: np.random.Generator) -> Ints:
-    """Draw cuts from 1 to T - 1: the ends first, then every other one once before any twice.
-
-    Models that leak at some positions only, say the last of each sixteen, are caught by a cut just
-    behind one of them: so cuts are spread over all positions and not drawn one by one.
-    """
-    T = context_length
-    ends = [cut for cut in (1, T - 1, 2, T - 2) if 1 <= cut < T]
-    cuts = np.array(list(dict.fromkeys(ends)), dtype=np.int64)
-    rest = np.setdiff1d(np.arange(1, T), cuts)
-    cuts = np.concatenate([cuts, rng.permutation(rest)])
-    while len(cuts) < n:
-        cuts = np.concatenate([cuts, 1 + rng.permutation(T - 1)])
-    return rng.permutation(cuts[:n])
-
-
-def _natural_suffix(
-    known: Tokens, length: int, donors: NDArray[np.int32], rng: np.random.Generator
-) -> NDArray[np.int32]:
-    """Return what follows the prefix's last tokens elsewhere in the text, and differs here.
-
-    Args:
-        known: the prefix and the one true token that follows it.
-    """
-    differs = donors[2:] != known[-1]
-    same_last = donors[1:-1] == known[-2]
-    matches = np.flatnonzero(same_last & differs)
-    if len(known) > 2:
-        closer = np.flatnonzero(same_last & differs & (donors[:-2] == known[-3]))
-        matches = closer if len(closer) else matches
-    start = 2 + int(rng.choice(matches)) if len(matches) else int(rng.integers(len(donors)))
-    suffix: NDArray[np.int32] = donors[(start + np.arange(length)) % len(donors)]
-    return suffix
 
 
 @dataclass(frozen=True)
@@ -253,6 +112,71 @@ def check_causality(prefixes: Prefixes, prefix_nats: Nats, full_nats: Nats) -> A
     return found
 
 
+@dataclass(frozen=True)
+class Unprobed:
+    """How much less was lost where the first server was not probed, in nats.
+
+    Attributes:
+        n_positions: how many losses lie before a cut.
+        less: mean loss before the cuts minus mean loss elsewhere, place in the window by place.
+        z: the same in standard errors.
+    """
+
+    n_positions: int = 0
+    less: float = 0.0
+    z: float = 0.0
+
+
+def check_unprobed(
+    prefixes: Prefixes, told: Ints, nats: Nats, rng: np.random.Generator
+) -> Unprobed:
+    """Compare the losses before the cuts with all others, as the second server gave them.
+
+    The first server's answers hold the second to honesty before the cuts. If it learned from the
+    first, in whatever way, where these were, it could read ahead everywhere else. But cuts are
+    drawn at random: before them, an honest model loses neither more nor less than elsewhere.
+
+    Args:
+        told: windows that the first server got in full later, in any shape. They are left out: the
+            second server would have to be honest all over them.
+        nats: what every target cost (n_windows, T).
+        rng: shuffles the cuts over the windows, by which chance is told from knowledge.
+
+    Raises:
+        Refused: CAUSALITY if so much less was lost elsewhere that chance does not explain it.
+    """
+    used = prefixes.cuts > 0
+    cuts = np.zeros(len(nats), dtype=np.int64)  # of each window the longest; 0 for none
+    np.maximum.at(cuts, prefixes.windows[used], prefixes.cuts[used])
+    untold = np.setdiff1d(np.arange(len(nats)), told)
+    nats, cuts = nats[untold], cuts[untold]
+    n_windows, T = nats.shape
+    n, n_others = int(cuts.sum()), nats.size - int(cuts.sum())
+    if not n or not n_others:
+        return Unprobed()
+    # What is lost late in a window is less than what is lost early: that is no knowledge.
+    sums = np.zeros((n_windows, T + 1))
+    np.cumsum(nats - nats.mean(axis=0), axis=1, out=sums[:, 1:])
+    every = np.arange(n_windows)
+    chance = [sums[every, rng.permutation(cuts)].sum() for _ in range(N_SHUFFLES)]
+    excess = float(sums[every, cuts].sum())  # before the cuts; elsewhere it is as much below zero
+    spread = float(np.std(chance))
+    found = Unprobed(
+        n_positions=n,
+        less=excess / n + excess / n_others,
+        z=(excess - float(np.mean(chance))) / spread if spread > 0 else 0.0,
+    )
+    if found.z > MAX_Z:
+        raise Refused(
+            Status.REJECTED,
+            Reason.CAUSALITY,
+            f"the model reads ahead where it was not probed: there it lost {found.less:.3g} nats "
+            f"less than before the {np.count_nonzero(cuts)} secret cuts, which is {found.z:.1f} "
+            "standard errors; it must have learned where they were",
+        )
+    return found
+
+
 def _worst_band(distance: Ints, difference: Nats) -> tuple[int | None, float]:
     """Return where the mean difference is largest among distances 1, 2-3, 4-7 and so on.
 
@@ -267,8 +191,35 @@ def _worst_band(distance: Ints, difference: Nats) -> tuple[int | None, float]:
     return (1 << worst, float(means[worst])) if n[worst] >= MIN_BAND_POSITIONS else (None, 0.0)
 
 
+def check_order(slots: Ints, first_nats: Nats, full_nats: Nats) -> Agreement:
+    """Compare whole windows as both servers answered them, each in an order of its own.
+
+    Args:
+        slots: by batch and row of the first server's pass, the batch of the second's in which the
+            same window stands (n_batches, B).
+        first_nats: what the first server's answers cost (n_batches, B, T).
+        full_nats: what the second server's did (n_batches', B, T).
+
+    Raises:
+        Refused: NONDETERMINISM if they differ by more than rounding.
+    """
+    found = _agreement(full_nats[slots, np.arange(slots.shape[1])], first_nats)
+    if not found.within(MEAN_TOLERANCE, MAX_TOLERANCE):
+        raise Refused(
+            Status.REJECTED,
+            Reason.NONDETERMINISM,
+            f"the same windows, asked for in another order and beside others, cost {found.max:.3g} "
+            f"nats more or less at position {found.position} (mean {found.mean:.3g} over "
+            f"{found.n_positions} positions): the model draws random numbers, remembers what it "
+            "was asked or mixes the sequences of a batch",
+        )
+    return found
+
+
 def check_repeats(schedule: Schedule, nats: Nats) -> Agreement:
-    """Compare the answers to windows that were sent twice.
+    """Compare the answers to windows that the second server was sent twice.
+
+    The server has then seen the whole of the window before: what it knows by heart shows.
 
     Raises:
         Refused: NONDETERMINISM if they differ by more than rounding.
@@ -303,6 +254,24 @@ def check_alone(in_batch: Nats, alone: Nats) -> Agreement:
             "from the same window in a batch: the model mixes the sequences of a batch",
         )
     return found
+
+
+def require_evidence(details: Mapping[str, Any], due: Collection[str], nats: Nats) -> None:
+    """Make sure that every target was scored and every check that is due compared something.
+
+    Args:
+        details: what each check found, by its name, as fields of an `Agreement`.
+        due: the names of the checks without which no score counts.
+        nats: what every target cost.
+
+    Raises:
+        InfrastructureFailure: something is missing, which no candidate can bring about.
+    """
+    if not nats.size or not np.isfinite(nats).all():
+        raise InfrastructureFailure("not every target was scored")
+    for name in due:
+        if not details.get(name, {}).get("n_positions"):
+            raise InfrastructureFailure(f"the check {name!r} compared nothing: no score without it")
 
 
 def _agreement(one: Nats, other: Nats) -> Agreement:

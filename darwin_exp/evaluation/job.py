@@ -38,6 +38,10 @@ from darwin_exp.protocols import (
 )
 
 CONTENDED_SHARE = 0.1  # of the training time that others may take from a slot
+# CPU time that a training may use, by what its slot has in that time and by what the books may be
+# off. Where nothing but the kernel's good will ties a process to its CPUs, it can leave them.
+CPU_SHARE, CPU_GRACE_SECONDS = 1.1, 1.0
+LATE_SECONDS = 5.0  # how long after its budget a training may be stopped, and still count
 LOG_TAIL_CHARACTERS = 4_000
 PROGRESS_TAIL_BYTES = 64 << 10
 CHECKPOINT = ("model.safetensors", "model.json")
@@ -84,6 +88,9 @@ def _train(job: Job, sandbox: Sandbox, artefacts: Path) -> TrainingRun:
         # Its main process may have ended and left others that still write.
         group.freeze()
         training_seconds = time.monotonic() - group.ready_at
+        late = training_seconds - budget
+        if late > LATE_SECONDS:  # this machine was stopped, perhaps, or the sandbox was slow
+            raise InfrastructureFailure(f"it was stopped {late:.1f} s after the end of its budget")
         refused = group.collect(
             (*CHECKPOINT, PROGRESS), artefacts, max_bytes=job.training.file_mb << 20
         )
@@ -93,6 +100,13 @@ def _train(job: Job, sandbox: Sandbox, artefacts: Path) -> TrainingRun:
     log = _printable(log)
     (job.folder / "train.log").write_text(log, encoding="utf-8")
     status, reason, message = _judge(ended, ending, _find_fault(artefacts, refused, job), log)
+    its_share = CPU_SHARE * training_seconds * job.training.threads + CPU_GRACE_SECONDS
+    if status is Status.OK and ending.cpu_seconds > its_share:
+        status, reason = Status.REJECTED, Reason.RESOURCES
+        message = (
+            f"it used {ending.cpu_seconds:.1f} s of CPU time in {training_seconds:.1f} s, which is "
+            f"more than its {job.training.threads} CPU(s) have"
+        )
     step, tokens, loss = read_progress(artefacts / PROGRESS)
     return TrainingRun(
         status=status,
@@ -141,6 +155,7 @@ def _launch(job: Job) -> Launch:
             max_processes=spec.max_processes,
             device=spec.device,
         ),
+        labels=job.labels,
     )
 
 

@@ -14,10 +14,11 @@ answer is `ANSWER` (status and three sizes), followed by what the request asks f
     LOAD    (0, 0, 0) once the model is rebuilt and its weights are in it; B and T are 0
     LOGITS  (B, T, V), then so many float32: the logits of every position
     USES    (length, 0, 0), then so much JSON: what `_Server.uses` returns
-    RATE    (B, 0, 0) once `steps` forward and backward passes are done, then so many float32: each
-            row's loss in the last of them
+    RATE    (B, T, 0) once `steps` forward and backward passes are done, each over its own share of
+            the rows, then so many float32: the loss of every token
+    FORWARD the same without the backward passes
     any     FAILED and (length, 0, 0), then so much text: the end of a traceback while no token was
-            sent yet, and after that what went wrong in one line
+            sent yet, and after that one of `MISBEHAVIOURS`, or an error's type and place
 
 All numbers are little-endian.
 """
@@ -32,6 +33,7 @@ import struct
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 
 # Bound here and not looked up later: model code may replace what a module holds.
 from json import dumps, loads
@@ -43,13 +45,18 @@ if TYPE_CHECKING:
 
 REQUEST = struct.Struct("<6I")
 ANSWER = struct.Struct("<B3I")
-LOGITS, USES, RATE, LOAD = 1, 2, 3, 4
+LOGITS, USES, RATE, LOAD, FORWARD = 1, 2, 3, 4, 5
 DONE, FAILED = 0, 1
 MAX_ERROR_CHARACTERS = 4_000
 
+NO_TENSOR = "model(tokens) returned something that is no tensor"
+CHANGED_WEIGHTS = "the model changed its own weights while it was scored"
+NO_COMPILER = "there is no C++ compiler to compile with"
+MISBEHAVIOURS = (NO_TENSOR, CHANGED_WEIGHTS, NO_COMPILER)
+
 
 class Misbehaviour(Exception):
-    """The model broke a rule of scoring; the text is this module's own."""
+    """A model cannot be scored or timed like this; the text is one of `MISBEHAVIOURS`."""
 
 
 def serve(job: Mapping[str, Any], folder: Path, reader: BinaryIO, writer: BinaryIO) -> None:
@@ -66,6 +73,7 @@ def serve(job: Mapping[str, Any], folder: Path, reader: BinaryIO, writer: Binary
         LOGITS: server.logits,
         USES: server.uses,
         RATE: server.rate,
+        FORWARD: partial(server.rate, backward=False),
         LOAD: server.load,
     }
     while header := _read(reader, REQUEST.size):
@@ -144,10 +152,7 @@ class _Server:
                 return (*logits.shape, 0, 0, 0)[:3], _NOTHING
             logits = logits.to("cpu", torch.float32).contiguous()
         B, T, V = logits.shape
-        n_bytes = logits.numel() * logits.element_size()
-        memory = (ctypes.c_char * n_bytes).from_address(logits.data_ptr())
-        memory._tensor = logits  # type: ignore[attr-defined]  # the view keeps it alive
-        return (B, T, V), memoryview(memory).cast("B")
+        return (B, T, V), _memory_of(logits)
 
     def uses(self, raw: bytes, shape: tuple[int, int], *_: object) -> _Answer:
         """Return which weights one forward pass multiplies with, and what else it multiplies.
@@ -176,28 +181,40 @@ class _Server:
         return (len(content), 0, 0), memoryview(content.encode("ascii"))
 
     def rate(
-        self, raw: bytes, shape: tuple[int, int], steps: int, bfloat16: bool, compiled: bool
+        self,
+        raw: bytes,
+        shape: tuple[int, int],
+        steps: int,
+        bfloat16: bool,
+        compiled: bool,
+        backward: bool = True,
     ) -> _Answer:
-        """Run forward and backward passes on the saved model; whoever asked holds the clock."""
+        """Run passes of the saved model over fresh rows each; whoever asked holds the clock."""
         torch = self._torch
         model = self._trainable()
         forward: Callable[[Tensor], Tensor] = self._compile(model) if compiled else model
-        tokens = self._tokens(raw, shape)
-        targets = tokens.roll(-1, dims=1).flatten()
-        losses = torch.zeros(shape)
-        for _ in range(steps):
-            with torch.autocast(self._device, torch.bfloat16, enabled=bfloat16):
-                logits = forward(tokens)
-                logits = logits.flatten(0, 1).float()
-                losses = self._cross_entropy(logits, targets, reduction="none").view(shape)
-            losses.mean().backward()  # type: ignore[no-untyped-call]
-            model.zero_grad(set_to_none=True)
+        n_rows, T = shape
+        passes = torch.frombuffer(bytearray(raw), dtype=torch.int32).view(steps, -1, T)
+        losses = []
+        for rows in passes:
+            tokens = rows.to(self._device, torch.int64)
+            targets = tokens.roll(-1, dims=1).flatten()
+            with (
+                torch.set_grad_enabled(backward),
+                torch.autocast(self._device, torch.bfloat16, enabled=bfloat16),
+            ):
+                logits = forward(tokens).flatten(0, 1).float()
+                loss = self._cross_entropy(logits, targets, reduction="none")
+            if backward:
+                loss.mean().backward()  # type: ignore[no-untyped-call]
+                model.zero_grad(set_to_none=True)
+            losses.append(loss.detach())
         if self._device == "cuda":
             torch.cuda.synchronize()
-        rows = losses.detach().mean(dim=1).tolist()
-        return (len(rows), 0, 0), memoryview(struct.pack(f"<{len(rows)}f", *rows))
+        every = torch.cat(losses).view(n_rows, T).to("cpu", torch.float32).contiguous()
+        return (n_rows, T, 0), _memory_of(every)
 
-    # --- what the three have in common --------------------------------------------------------
+    # --- what they have in common -------------------------------------------------------------
 
     def _tokens(self, raw: bytes, shape: tuple[int, int]) -> Tensor:
         torch = self._torch
@@ -208,9 +225,9 @@ class _Server:
         before = [parameter._version for parameter in model.parameters()]
         logits: Tensor = model(tokens)
         if not isinstance(logits, self._torch.Tensor):
-            raise Misbehaviour(f"model(tokens) returned {type(logits).__name__}, not a tensor")
+            raise Misbehaviour(NO_TENSOR)
         if before != [parameter._version for parameter in model.parameters()]:
-            raise Misbehaviour("the model changed its own weights while it was scored")
+            raise Misbehaviour(CHANGED_WEIGHTS)
         return logits
 
     def _load(self, trainable: bool) -> nn.Module:
@@ -244,7 +261,7 @@ class _Server:
         if self._compiled is None:
             compiler = os.environ.get("CXX", "g++")
             if self._device == "cpu" and shutil.which(compiler) is None:
-                raise Misbehaviour(f"there is no {compiler} to compile with")
+                raise Misbehaviour(NO_COMPILER)
             self._compiled = self._torch.compile(model, dynamic=False)
         return self._compiled
 
@@ -359,6 +376,14 @@ def matrix_watch() -> Callable[[Mapping[str, Tensor], Tensor], Any]:
 
 
 # --- frames -------------------------------------------------------------------------------------
+
+
+def _memory_of(tensor: Tensor) -> memoryview:
+    """Return what a tensor on the CPU holds, without a copy."""
+    n_bytes = tensor.numel() * tensor.element_size()
+    memory = (ctypes.c_char * n_bytes).from_address(tensor.data_ptr())
+    memory._tensor = tensor  # type: ignore[attr-defined]  # the view keeps it alive
+    return memoryview(memory).cast("B")
 
 
 def _read(reader: BinaryIO, n_bytes: int) -> bytes:

@@ -1,7 +1,7 @@
 """Scores a trained model on held-out text, in a process where no byte of a genome ever runs.
 
-Reads: held_out/<split>.bin, token_byte_lengths.npy, a collected checkpoint, the logits that two
-fresh model servers answer with.
+Reads: held_out/<split>.bin, token_byte_lengths.npy, the start of train.bin, a collected checkpoint,
+the logits that two fresh model servers answer with.
 Writes: nothing; it returns an Evaluation.
 Never: imports or unpickles anything of a candidate, lets it see a target, or takes its word for
 a metric.
@@ -23,25 +23,36 @@ import numpy as np
 from darwin_exp.evaluation.checkpoint import Checkpoint, CheckpointRefused, read_checkpoint
 from darwin_exp.evaluation.exchange import ModelServer, Refused
 from darwin_exp.evaluation.integrity import (
+    check_alone,
+    check_causality,
+    check_order,
+    check_repeats,
+    check_unprobed,
+    require_evidence,
+)
+from darwin_exp.evaluation.likelihood import negative_log_likelihood
+from darwin_exp.evaluation.questions import (
+    MAX_DONOR_TOKENS,
+    Ints,
     Nats,
     Schedule,
     Tokens,
-    check_alone,
-    check_causality,
-    check_repeats,
     draw_prefixes,
+    draw_second_pass,
     secret_generator,
 )
-from darwin_exp.evaluation.likelihood import negative_log_likelihood
-from darwin_exp.evaluation.rate import Speed, measure_speed
+from darwin_exp.evaluation.rate import Known, Speed, known_rows, measure_speed
+from darwin_exp.evaluation.told import told_text
 from darwin_exp.individual import DataSpec, Evaluation, Job, Reason, Status, TrainingRun
 from darwin_exp.protocols import InfrastructureFailure, Sandbox
 
 # Below this nobody's language model predicts text, least of all one trained for seconds: the
-# strongest published ones need more than 0.5 bits per byte of English.
+# strongest published ones need more than 0.5 bits per byte of English. Text that repeats itself, as
+# logs do, may honestly allow less: there this bound is wrong, and the base is the first to show it.
 PLAUSIBLE_BPB = 0.3
 N_ALONE = 2  # windows that are also sent as a batch of one
 MAX_BATCH_BYTES = 256 << 20  # float32 logits that are held at a time
+LONGEST_FIRST_SECONDS = 120.0  # until a model is loaded and has answered, where steps are counted
 
 
 class Scorer:
@@ -98,8 +109,17 @@ class Scorer:
             job.data, spec.split, T, max(1, spec.max_logits_bytes // window_bytes)
         )
         schedule = Schedule.draw(len(windows), rows, secret_generator(job.secret, "order"))
+        second_pass = draw_second_pass(
+            schedule, spec.second_pass, secret_generator(job.secret, "second pass")
+        )
         prefixes = draw_prefixes(
-            windows, schedule, spec.n_prefixes, V, secret_generator(job.secret, "prefixes")
+            windows,
+            schedule,
+            spec.n_prefixes,
+            V,
+            secret_generator(job.secret, "prefixes"),
+            donors=told_text(job.data, MAX_DONOR_TOKENS),
+            cuts_per_window=spec.cuts_per_window,
         )
         details |= {
             "split": spec.split,
@@ -107,37 +127,45 @@ class Scorer:
             "windows_available": n_available,
             "context_length": T,
             "prefixes": prefixes.n,
+            "second_pass": second_pass.size,
             "checkpoint_bytes": checkpoint.n_bytes,
         }
 
-        prefix_nats = np.empty(prefixes.tokens.shape)
-        if prefixes.n:
+        rows_of = np.arange(schedule.windows.shape[1])
+        again = schedule.windows[second_pass, rows_of]
+        prefix_nats = second_nats = np.empty((0, len(rows_of), T))
+        known: Known | None = None
+        if prefixes.n or second_pass.size or spec.verify_rate:
             with times.of(server_of_model()) as server:
-                targets = windows[prefixes.windows, 1:]
-                answers = server.logits(prefixes.tokens)
-                for batch, logits in enumerate(answers):
-                    prefix_nats[batch] = negative_log_likelihood(logits, targets[batch])
+                prefix_nats = _costs(server, windows, prefixes.windows, prefixes.tokens)
+                # Every prefix is answered: from here on it may see what followed.
+                second_nats = _costs(server, windows, again)
+                if spec.verify_rate and training.tokens_claimed is not None:
+                    known = known_rows(server, job, len(rows_of))
 
         with times.of(server_of_model()) as server:
-            full_nats = np.empty((*schedule.windows.shape, T))
-            answers = server.logits(windows[batch, :-1] for batch in schedule.windows)
-            for batch, logits in enumerate(answers):
-                full_nats[batch] = negative_log_likelihood(
-                    logits, windows[schedule.windows[batch], 1:]
-                )
+            full_nats = _costs(server, windows, schedule.windows)
             nats = schedule.by_window(full_nats)  # (n_windows, T)
             alone = schedule.windows[-1, :N_ALONE]
-            alone_nats = np.empty((len(alone), T))
-            for i, logits in enumerate(server.logits(windows[[w], :-1] for w in alone)):
-                alone_nats[i] = negative_log_likelihood(logits, windows[[alone[i]], 1:])[0]
+            alone_nats = _costs(server, windows, alone[:, None])[:, 0]
 
-            details["causality"] = asdict(check_causality(prefixes, prefix_nats, full_nats))
+            # What answers differently every time would look as if it read ahead: so that is last.
+            details["order"] = asdict(check_order(second_pass, second_nats, full_nats))
             details["repeats"] = asdict(check_repeats(schedule, full_nats))
             details["alone"] = asdict(check_alone(nats[alone], alone_nats))
+            details["causality"] = asdict(check_causality(prefixes, prefix_nats, full_nats))
+            shuffles = secret_generator(job.secret, "unprobed")
+            details["unprobed"] = asdict(check_unprobed(prefixes, again, nats, shuffles))
             metrics = _metrics(job.data, spec.split, windows, nats)
             metrics["n_parameters"] = float(checkpoint.n_parameters)
-            speed = measure_speed(server, job, training, checkpoint, deadline)
+            speed = measure_speed(server, job, training, checkpoint, deadline, known)
 
+        due = ["repeats", "alone"]
+        due += ["order"] if spec.second_pass > 0 else []
+        due += ["causality"] if spec.n_prefixes > 0 and T > 1 else []
+        # Where text is short, the first server may have got every window that it was probed in.
+        due += ["unprobed"] if set(prefixes.windows[prefixes.cuts > 0]) - set(again.flat) else []
+        require_evidence(details, due, nats)
         details["speed"] = speed.details()
         status, reason, message = _plausible(spec.split, metrics, speed)
         return Evaluation(
@@ -155,13 +183,13 @@ class Scorer:
 def patience(job: Job) -> tuple[float, float]:
     """Return how many seconds the whole scoring may take, and each server's first answer.
 
-    Under the clock both are bounded by the budget, so that training which goes on while the model
-    is scored gains little and a hang costs little. Where steps are counted, time buys nothing.
+    Under the clock both are bounded by the budget, so that a hang costs little. Whether the model
+    used that time to go on training is judged by what its later answers take (`ModelServer`).
     """
     spec, training = job.evaluation, job.training
     assert spec is not None
     if training.max_steps is not None:
-        return spec.seconds, math.inf
+        return spec.seconds, min(spec.seconds, LONGEST_FIRST_SECONDS)
     budget = training.budget_seconds
     return min(spec.seconds, 60.0 + 4.0 * budget), max(10.0, 0.5 * budget)
 
@@ -218,6 +246,20 @@ def sample_windows(
     return tokens[places].astype(np.int32), n_windows
 
 
+def _costs(server: ModelServer, windows: Tokens, which: Ints, tokens: Tokens | None = None) -> Nats:
+    """Return what each target of some windows costs (n_batches, B, T), by a server's answers.
+
+    Args:
+        which: the windows of every batch (n_batches, B).
+        tokens: what is sent in their place (n_batches, B, T); None sends the windows themselves.
+    """
+    nats = np.full((*which.shape, windows.shape[1] - 1), np.nan)
+    sent = (windows[batch, :-1] for batch in which) if tokens is None else iter(tokens)
+    for batch, logits in enumerate(server.logits(sent)):
+        nats[batch] = negative_log_likelihood(logits, windows[which[batch], 1:])
+    return nats
+
+
 def _checkpoint(artefacts: Path, max_bytes: int) -> Checkpoint:
     try:
         return read_checkpoint(artefacts / "model.safetensors", max_bytes)
@@ -242,7 +284,11 @@ def _metrics(data: DataSpec, split: str, windows: Tokens, nats: Nats) -> dict[st
 
 
 def _plausible(split: str, metrics: dict[str, float], speed: Speed) -> tuple[Status, Reason, str]:
-    """Quarantine what is too good to be true: some check of ours has been got around."""
+    """Quarantine what is too good to be true: some check of ours has been got around.
+
+    Only what no honest model can reach is quarantined: a bound taken from the population would
+    stop the very finding that a search is for. A score worse than chance is merely bad.
+    """
     bpb, mfu = metrics[f"{split}_bpb"], speed.rates().get("mfu")
     if bpb < PLAUSIBLE_BPB:
         message = f"{bpb:.3f} bits per byte is not plausible (below {PLAUSIBLE_BPB})"

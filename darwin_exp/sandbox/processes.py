@@ -8,10 +8,12 @@ Never: signals anyone.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import resource
 import time
 from collections import deque
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,23 +112,65 @@ def kernel_oom_kills() -> int:
     return 0
 
 
+def busy_seconds(cpus: Collection[int]) -> float:
+    """Return how long some CPUs have worked, for whomever, since the machine started."""
+    ticks = 0
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/stat").read_text().splitlines():
+            name, *fields = line.split()
+            if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in cpus:
+                user, nice, system, _idle, _iowait, irq, softirq = map(int, fields[:7])
+                ticks += user + nice + system + irq + softirq
+    return ticks / _TICKS_PER_SECOND
+
+
 def owed_seconds(
-    longest_wait: float, wall_seconds: float, n_cpus: int, cpu_seconds: float
+    longest_wait: float,
+    wall_seconds: float,
+    n_cpus: int,
+    cpu_seconds: float,
+    busy_seconds: float = math.inf,
 ) -> float:
     """Return the run delay that others caused a group in a span of time.
 
     It is the longest that any one task stood runnable without a CPU, but never more than what
-    the group left unused of its slot's CPUs: a group that over-subscribes them makes its tasks
-    wait for one another, and nobody else is to blame.
+    the group left unused of its slot's CPUs, nor than what others used of them: a group that
+    over-subscribes them makes its tasks wait for one another, and nobody else is to blame.
+
+    Args:
+        busy_seconds: how long the slot's CPUs worked in that time, for whomever.
     """
-    return max(0.0, min(longest_wait, wall_seconds * n_cpus - cpu_seconds))
+    of_others = min(wall_seconds * n_cpus, busy_seconds) - cpu_seconds
+    return max(0.0, min(longest_wait, of_others))
+
+
+def cpu_of_children(pids: list[int]) -> float:
+    """Return the CPU seconds of the living, and of every child that we waited for."""
+    dead = resource.getrusage(resource.RUSAGE_CHILDREN)
+    alive = (process.cpu_seconds for pid in pids if (process := Process.read(pid)))
+    return dead.ru_utime + dead.ru_stime + sum(alive)
 
 
 class Usage:
     """What a group has used since its ready signal."""
 
-    def __init__(self, n_cpus: int) -> None:
-        self._n_cpus = n_cpus
+    def __init__(
+        self,
+        cpus: Collection[int],
+        cpu_of: Callable[[list[int]], float] = cpu_of_children,
+        busy: Callable[[Collection[int]], float] = busy_seconds,
+    ) -> None:
+        """Begin with nothing used.
+
+        Args:
+            cpus: the CPUs that the group has.
+            cpu_of: says how many CPU seconds the group has used so far, given the ids of those of
+                its processes that are alive.
+            busy: says how many CPU seconds its CPUs have worked so far, for whomever.
+        """
+        self._cpus = cpus
+        self._cpu_of = cpu_of
+        self._busy_of = busy
         self._ended_at: float | None = None
         self._cpu_before = 0.0
         self.begin([])
@@ -135,6 +179,7 @@ class Usage:
         """Count from now on: the ready signal was given."""
         self._sampled_at = time.monotonic()
         self._cpu = self._cpu_before = self._cpu_of(pids)
+        self._busy = self._busy_of(self._cpus)
         self._delay: dict[int, float] = {}
         for pid in pids:
             self._delay.update(run_delays(pid))
@@ -149,6 +194,7 @@ class Usage:
         """
         now = self._ended_at or time.monotonic()
         cpu = max(self._cpu, self._cpu_of(pids))
+        busy = self._busy_of(self._cpus)
         delays: dict[int, float] = {}
         for pid in pids:
             delays.update(run_delays(pid))
@@ -156,9 +202,10 @@ class Usage:
         # CPU time comes in coarse ticks, and late of processes not seen before; what then exceeds
         # the span since the last sample was used, and is charged, in another.
         used = cpu - self._cpu + self._overdrawn
-        self._owed += owed_seconds(longest, now - self._sampled_at, self._n_cpus, used)
-        self._overdrawn = max(0.0, used - (now - self._sampled_at) * self._n_cpus)
-        self._sampled_at, self._cpu = now, cpu
+        wall, n_cpus = now - self._sampled_at, len(self._cpus)
+        self._owed += owed_seconds(longest, wall, n_cpus, used, busy - self._busy)
+        self._overdrawn = max(0.0, used - wall * n_cpus)
+        self._sampled_at, self._cpu, self._busy = now, cpu, busy
         self._delay.update(delays)
 
     def end(self) -> None:
@@ -169,9 +216,3 @@ class Usage:
         """Return CPU seconds and run delay in seconds; exact once every process is waited for."""
         self._cpu = max(self._cpu, self._cpu_of([]))
         return max(0.0, self._cpu - self._cpu_before), self._owed
-
-    @staticmethod
-    def _cpu_of(pids: list[int]) -> float:
-        dead = resource.getrusage(resource.RUSAGE_CHILDREN)
-        alive = (process.cpu_seconds for pid in pids if (process := Process.read(pid)))
-        return dead.ru_utime + dead.ru_stime + sum(alive)

@@ -220,7 +220,8 @@ class SupervisedSandbox(ABC):
         if launch.zone is Zone.MODEL and not self._server_file.is_file():
             raise InfrastructureFailure("there is no program that could answer for a model")
         try:
-            work = self._root.new_folder(launch.genome, launch.inputs, launch.job)
+            own_copies = launch.zone is Zone.MODEL
+            work = self._root.new_folder(launch.genome, launch.inputs, launch.job, own_copies)
             ours, theirs = socket.socketpair()
             descriptors, channel = [theirs.fileno()], None
             if launch.zone is Zone.MODEL:

@@ -133,7 +133,7 @@ class Supervisor:
         self._ready = ready
         self._log_end = log
         self._log = Log(order.log_bytes)
-        self._usage = Usage(len(order.cpus))
+        self._usage = Usage(order.cpus)
         self._pids = [main]
         self._scanned_at = 0.0
         self._status: int | None = None

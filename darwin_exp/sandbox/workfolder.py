@@ -40,9 +40,17 @@ class WorkRoot:
         self._count = 0
 
     def new_folder(
-        self, genome: Genome, inputs: Mapping[str, Path], job: Mapping[str, Any]
+        self,
+        genome: Genome,
+        inputs: Mapping[str, Path],
+        job: Mapping[str, Any],
+        own_copies: bool = False,
     ) -> WorkFolder:
         """Lay out a working folder: job.json, code/ and in/ to read, out/ and tmp/ to write.
+
+        Args:
+            own_copies: whether its inputs are copied for it alone. Two programs that read one file
+                can tell each other something by which of its pages are in memory.
 
         Raises:
             OSError: an input cannot be read, or the disk is full.
@@ -52,20 +60,29 @@ class WorkRoot:
             folder = self.path / f"job-{self._count}"
             folder.mkdir(mode=0o755)
             try:
-                self._lay_out(folder, genome, inputs, job)
+                self._lay_out(folder, genome, inputs, job, own_copies)
             except BaseException:
                 remove_tree(folder)
                 raise
         return WorkFolder(folder)
 
     def _lay_out(
-        self, folder: Path, genome: Genome, inputs: Mapping[str, Path], job: Mapping[str, Any]
+        self,
+        folder: Path,
+        genome: Genome,
+        inputs: Mapping[str, Path],
+        job: Mapping[str, Any],
+        own_copies: bool,
     ) -> None:
         genome.write_to(folder / "code")
         (folder / "job.json").write_text(json.dumps(dict(job)), encoding="utf-8")
         (folder / "in").mkdir()
         for name, source in inputs.items():
-            os.link(self._stage(source), folder / "in" / plain_name(name))
+            target = folder / "in" / plain_name(name)
+            if own_copies:
+                shutil.copyfile(source, target)
+            else:
+                os.link(self._stage(source), target)
         for path in folder.rglob("*"):
             path.chmod(0o555 if path.is_dir() else 0o444)
         for name in ("out", "tmp"):

@@ -1,4 +1,4 @@
-"""A real sandbox, a small prepared data set, and jobs over both."""
+"""A real sandbox, a small prepared data set, jobs over both, and what is left out by default."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ from darwin_exp.sandbox.process import ProcessSandbox
 V, T, N_HELD_OUT = 24, 32, 1921  # 60 windows of 32 tokens and the last target
 Score = Callable[..., Evaluation]
 MakeJob = Callable[..., Job]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the repeats under other secrets, which take minutes, unless `-m` names them."""
+    if "integrity" in config.getoption("markexpr"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("integrity")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(scope="session")
@@ -82,12 +92,20 @@ def _any(fields: Any) -> Any:
 @pytest.fixture(scope="session")
 def zoo() -> str:
     """The text of a model.py that builds any model of zoo.py by its kind."""
-    return Path(__file__).with_name("zoo.py").read_text(encoding="utf-8")
+    return zoo_text("zoo")
+
+
+def zoo_text(name: str) -> str:
+    return Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
 
 
 @pytest.fixture
-def score(make_job: MakeJob, zoo: str, sandbox: Any, tmp_path: Path) -> Score:
-    """Return a function that saves a model of the zoo and has it scored."""
+def score(make_job: MakeJob, sandbox: Any, tmp_path: Path) -> Score:
+    """Return a function that saves a model of a zoo and has it scored.
+
+    Its `zoo` names the file that the kind is looked up in, unless `source` gives its text, and
+    `weights_seed` draws the first weights, which `change` may do anything to.
+    """
     from safetensors.torch import save_file
 
     from darwin_exp.evaluation.scorer import Scorer
@@ -95,11 +113,11 @@ def score(make_job: MakeJob, zoo: str, sandbox: Any, tmp_path: Path) -> Score:
     def run(kind: str, change: Callable[[Any], None] | None = None, **job: Any) -> Evaluation:
         import torch
 
-        source = job.pop("source", zoo)
+        source = job.pop("source", None) or zoo_text(job.pop("zoo", "zoo"))
         namespace: dict[str, Any] = {"__name__": "zoo"}
         exec(compile(source, "zoo.py", "exec"), namespace)
         arguments = {"kind": kind, "vocab_size": V}
-        torch.manual_seed(3)
+        torch.manual_seed(job.pop("weights_seed", 3))
         model = namespace["build_model"](arguments)
         if change is not None:
             with torch.no_grad():

@@ -324,6 +324,31 @@ def test_a_slot_that_others_used_is_told_under_wall_clock_budgets(
     assert found.contended is contended
 
 
+@pytest.mark.parametrize(("cpu_seconds", "fair"), [(10.5, True), (19.0, False)])
+def test_b28_who_used_more_than_its_slot_has_is_rejected(
+    make_job: MakeJob, checkpoint: Path, cpu_seconds: float, fair: bool
+) -> None:
+    """The scripted group trained for ten seconds, with one thread."""
+    sandbox = ScriptedSandbox(ScriptedGroup(Exit(0, cpu_seconds=cpu_seconds), checkpoint))
+    job = replace(make_job(training={"threads": 1, "max_steps": 5}), evaluation=None)
+    found = run_job(job, sandbox, Scorer()).training
+    expected = (Status.OK, Reason.NONE) if fair else (Status.REJECTED, Reason.RESOURCES)
+    assert (found.status, found.reason) == expected
+    assert fair or "19.0 s of CPU time in 10.0 s" in found.message
+
+
+def test_d16_what_was_stopped_long_after_its_budget_does_not_count(
+    make_job: MakeJob, checkpoint: Path
+) -> None:
+    """As when this machine is put to sleep: the training had more time than anybody else's."""
+    job = replace(make_job(training={"budget_seconds": 2.0}), evaluation=None)
+    with pytest.raises(InfrastructureFailure, match=r"stopped 8\.\d s after the end of its budget"):
+        run_job(job, ScriptedSandbox(ScriptedGroup(Exit(0), checkpoint)), Scorer())
+    control = replace(job, training=replace(job.training, budget_seconds=9.0))
+    found = run_job(control, ScriptedSandbox(ScriptedGroup(Exit(0), checkpoint)), Scorer())
+    assert found.training.status is Status.OK
+
+
 def test_a4_a_child_out_of_memory_counts_before_the_exit_code(
     make_job: MakeJob, checkpoint: Path
 ) -> None:

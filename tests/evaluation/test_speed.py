@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from darwin_exp.evaluation import mfu, rate
-from darwin_exp.evaluation.checkpoint import TensorEntry
+from darwin_exp.closing import retimed
+from darwin_exp.evaluation import exchange, mfu, rate
+from darwin_exp.evaluation.checkpoint import Checkpoint, TensorEntry
+from darwin_exp.evaluation.exchange import _without_own_words
 from darwin_exp.evaluation.logits_server import matrix_watch
 from darwin_exp.evaluation.mfu import (
     Peak,
@@ -25,8 +32,17 @@ from darwin_exp.evaluation.mfu import (
     measure_peak,
     retimed_rate,
 )
-from darwin_exp.evaluation.rate import Speed, _ways
-from darwin_exp.individual import Evaluation, Job, Reason, Status, TrainingRun
+from darwin_exp.evaluation.rate import Speed, _Way, _ways, known_rows, measure_speed
+from darwin_exp.evaluation.told import FreshRows, told_text
+from darwin_exp.individual import (
+    DataSpec,
+    Evaluation,
+    Job,
+    JobResult,
+    Reason,
+    Status,
+    TrainingRun,
+)
 from darwin_exp.protocols import InfrastructureFailure
 
 Score = Callable[..., Evaluation]
@@ -150,7 +166,7 @@ def test_weights_that_reach_no_logit_count_nothing(score: Score, zoo: str) -> No
     assert speed(found)["flops_per_token"] == 6 * (FOUR + HEAD) + 3 * (4 * T * C)
 
 
-def test_b5_an_honest_claim_is_believed_and_a_false_one_is_bounded(score: Score) -> None:
+def test_b5_an_honest_claim_is_believed_and_a_false_one_is_not(score: Score) -> None:
     honest = score(
         "attention",
         training_run={"tokens_claimed": 500},
@@ -164,8 +180,9 @@ def test_b5_an_honest_claim_is_believed_and_a_false_one_is_bounded(score: Score)
         evaluation={"verify_rate": True, "peak_flops": 1e12, "seconds": 4.0},
     )
     assert false.status is Status.OK
-    assert 500 < false.rates["tokens_per_second"] < 1e9
-    assert false.rates["mfu"] < 1 < false.rates["mfu_claimed"]
+    assert set(false.rates) == {"mfu_claimed"}
+    assert 500 < speed(false)["tokens_per_second_bound"] < 1e9
+    assert "count of tokens is not believed" in speed(false)["note"]
     assert false.metrics == honest.metrics
 
 
@@ -180,7 +197,8 @@ def test_b4_the_clock_that_bounds_a_claim_is_not_the_candidates(score: Score, zo
         training_run={"tokens_claimed": 10**12},
         evaluation={"verify_rate": True, "seconds": 4.0},
     )
-    assert found.rates["tokens_per_second"] < 1e9
+    assert "tokens_per_second" not in found.rates
+    assert speed(found)["tokens_per_second_bound"] < 1e9
 
 
 def test_b5_what_is_timed_has_the_loss_of_what_is_scored(
@@ -198,15 +216,144 @@ def test_b5_what_is_timed_has_the_loss_of_what_is_scored(
     assert speed(control)["tokens_per_second_bound"] > 0
 
 
+# A model whose every forward pass takes a twentieth of a second, and how it may seem to be faster.
+SLOW = """
+import time
+
+HOW = "honest"
+build_quickly = build_model
+
+class Slow(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.known, self.timed = model, {}, False
+
+    def forward(self, tokens):
+        self.timed = self.timed or torch.is_grad_enabled()
+        if HOW == "turns cheap once it is timed" and self.timed:
+            return torch.zeros(*tokens.shape, 24).requires_grad_()
+        if HOW == "caches":
+            key = tuple(tokens.flatten().tolist())
+            if key not in self.known:
+                with torch.no_grad():
+                    self.known[key] = self.answer(tokens)
+            return self.known[key].detach().requires_grad_()
+        logits = self.answer(tokens)
+        return logits.detach().requires_grad_() if HOW == "detaches" else logits
+
+    def answer(self, tokens):
+        time.sleep(0.05)
+        return self.model(tokens)
+
+def build_model(arguments):
+    return Slow(build_quickly(arguments))
+"""
+FASTEST_SLOW_PASS = 512 / 0.05  # tokens per second
+
+
+@pytest.fixture
+def bound_of(
+    score: Score, zoo: str, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], float | None]:
+    """Return a function that finds the bound of a slow model by how it answers."""
+    monkeypatch.setattr(rate, "TOKENS_PER_BATCH", {"cpu": (512,)})
+
+    def find(how: str) -> float | None:
+        found = score(
+            "attention",
+            source=zoo + SLOW.replace("honest", how),
+            training_run={"tokens_claimed": 10**12},
+            evaluation={"verify_rate": True},
+        )
+        assert (found.status, found.message) == (Status.OK, "")
+        assert "tokens_per_second" not in found.rates
+        bound: float | None = speed(found)["tokens_per_second_bound"]
+        return bound
+
+    return find
+
+
+def test_b5_a_model_that_turns_cheap_once_it_is_timed_is_not_believed(
+    bound_of: Callable[[str], float | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers all later questions as cheaply; but another server was asked them before."""
+    how = "turns cheap once it is timed"
+    assert bound_of(how) is None
+    monkeypatch.setattr(rate, "LOSS_TOLERANCE", {False: math.inf, True: math.inf})  # the control
+    assert (bound_of(how) or 0.0) > 2 * FASTEST_SLOW_PASS
+
+
+def test_b5_answers_that_are_remembered_do_not_make_a_model_faster(
+    bound_of: Callable[[str], float | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 0 < (bound_of("caches") or 0.0) <= 1.1 * FASTEST_SLOW_PASS
+
+    draw = FreshRows.draw
+
+    def draw_the_same(self: FreshRows, n: int) -> Any:
+        if not hasattr(self, "drawn"):
+            self.drawn = draw(self, 512 // T)  # type: ignore[attr-defined]
+        drawn: Any = self.drawn  # type: ignore[attr-defined]
+        return drawn[np.arange(n) % len(drawn)]
+
+    monkeypatch.setattr(FreshRows, "draw", draw_the_same)  # the control
+    monkeypatch.setattr(rate, "CHECKED_ROWS", 1)
+    assert (bound_of("caches") or 0.0) > 1.5 * FASTEST_SLOW_PASS
+
+
+def test_b5_no_backward_pass_is_taken_for_less_than_its_forward_pass(
+    bound_of: Callable[[str], float | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 0 < (bound_of("detaches") or 0.0) <= 1.1 * FASTEST_SLOW_PASS / 2
+    monkeypatch.setattr(rate, "FORWARD_SHARE", math.inf)  # the control
+    assert (bound_of("detaches") or 0.0) > 1.2 * FASTEST_SLOW_PASS / 2
+
+
+@pytest.mark.parametrize("kind", ["attention", "recurrent"])
+def test_forward_passes_alone_leave_an_honest_model_its_rate(
+    score: Score, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    claims = {"tokens_claimed": 10**12}
+    evaluation: dict[str, Any] = {"verify_rate": True}
+    monkeypatch.setattr(rate, "TOKENS_PER_BATCH", {"cpu": (8192,)})
+    bound = speed(score(kind, training_run=claims, evaluation=evaluation))
+    monkeypatch.setattr(rate, "FORWARD_SHARE", math.inf)
+    without = speed(score(kind, training_run=claims, evaluation=evaluation))
+    # Both are timed anew, on a machine that has other things to do as well.
+    limits = (bound["tokens_per_second_bound"], without["tokens_per_second_bound"])
+    assert limits[0] > limits[1] / 2
+
+
+def test_rows_that_are_timed_are_text_and_none_comes_twice(data: DataSpec, tmp_path: Path) -> None:
+    text = told_text(data, 20_000)
+    pairs = set(pairwise(text))
+    fresh = FreshRows(data, 32, np.random.default_rng(1))
+    rows = np.concatenate([fresh.draw(300), fresh.draw(200)])
+    assert rows.shape == (500, 32)
+    assert len({row.tobytes() for row in rows}) == 500
+    for row in rows:  # but for the seam
+        assert sum(pair not in pairs for pair in pairwise(row)) <= 1
+    text[:31].astype("<u2").tofile(tmp_path / "train.bin")
+    short = DataSpec(tmp_path, "1" * 64, V)
+    assert FreshRows(short, 32, np.random.default_rng(1)).draw(3).shape == (3, 32)
+    assert np.array_equal(FreshRows(short, 31, np.random.default_rng(1)).draw(1)[0], text[:31])
+    with pytest.raises(InfrastructureFailure, match="No such file"):
+        told_text(DataSpec(tmp_path / "none", "1" * 64, V), 10)
+
+
 def test_b3_an_account_of_infinite_work_leaves_no_rate(score: Score, zoo: str) -> None:
     lie = """
 if __name__ == "model":
-    import json
-    json.dumps = lambda *a, **k: '{"rows": {}, "activation_flops": 1e308}'
+    import sys
+    account = '{"rows": {}, "activation_flops": 1e308}'
+    sys.modules["logits_server"].dumps = lambda *_, **__: account
 """
     claim = {"training_run": {"tokens_claimed": 500}, "evaluation": {"peak_flops": 1e12}}
     honest, lying = score("attention", **claim), score("attention", source=zoo + lie, **claim)
-    assert honest.rates == lying.rates
+    assert set(honest.rates) == {"tokens_per_second", "mfu", "mfu_claimed"}
+    assert set(lying.rates) == {"tokens_per_second"}
+    assert "told nothing usable" in speed(lying)["note"]
+    assert honest.metrics == lying.metrics
     told = Speed(claimed=1e9, bound=math.inf, flops=1e308, peak_flops=1e-3)
     assert told.rates() == {"tokens_per_second": 1e9}
     assert "tokens_per_second_bound" not in told.details()
@@ -218,17 +365,126 @@ if __name__ == "model":
 def test_b5_a_false_count_takes_little_of_a_slot(make_job: Callable[..., Job]) -> None:
     """Under the clock the search for a fast way ends with the budget, and compiles nothing."""
     now = time.monotonic()
-    fastest: dict[tuple[int, bool], float] = {(512, False): 1.0}
+    eager = {_Way(512, bfloat16=False): 1.0}
 
     def stops(**training: Any) -> list[float]:
-        ways = _ways(make_job(training=training), now + 1000, fastest)
-        return sorted({round(stop - now) for *_, stop in ways})
+        ways = _ways(make_job(training=training), now + 1000, eager)
+        return sorted({round(stop - now) for _, stop in ways})
 
     assert stops(max_steps=None, budget_seconds=2.0) == [2]
     assert stops(max_steps=None, budget_seconds=20.0) == [10]
     assert stops(max_steps=None, budget_seconds=40.0) == [20, 40]
     assert stops(max_steps=None, budget_seconds=3600.0) == [20, 45]
     assert stops(max_steps=5, budget_seconds=2.0) == [20, 45]
+
+
+class TimedServer:
+    """A model server whose passes take as long as a rate says, and cost what its logits cost."""
+
+    lost = False
+
+    def __init__(self, tokens_per_second: float) -> None:
+        self.tokens_per_second = tokens_per_second
+
+    @contextmanager
+    def until(self, _: float) -> Iterator[None]:
+        yield
+
+    def uses(self, tokens: Any) -> dict[str, Any]:
+        return {"rows": {}, "activation_flops": 100.0 * tokens.size}
+
+    def seconds_for(
+        self, tokens: Any, steps: int, bfloat16: bool, compiled: bool, backward: bool = True
+    ) -> tuple[float, Any]:
+        seconds = tokens.size / self.tokens_per_second * (1 if backward else 1 / 3)
+        return seconds, np.full(tokens.shape, math.log(V))
+
+    def logits(self, batches: Iterable[Any]) -> Iterator[Any]:
+        for tokens in batches:
+            yield np.zeros((*tokens.shape, V), dtype=np.float32)
+
+
+def test_b5_false_token_counts_gain_a_tenth_at_most(make_job: Callable[..., Job]) -> None:
+    """Against an honest twin whose training is as fast as the passes of its saved model.
+
+    Who claims a little too much is cut to a tenth above that; who claims double loses all of it.
+    """
+
+    def rates_of(tokens: int, verify_rate: bool = True) -> Speed:
+        job = make_job(evaluation={"verify_rate": verify_rate, "peak_flops": 1e6})
+        server: Any = TimedServer(tokens_per_second=1_000.0)
+        claims = timed(tokens, seconds=10.0)
+        checkpoint = Checkpoint(Path("model.safetensors"), {}, 0)
+        known = known_rows(server, job, 4)
+        return measure_speed(server, job, claims, checkpoint, time.monotonic() + 60.0, known)
+
+    honest, more = rates_of(10_000).rates(), rates_of(13_000).rates()
+    assert honest["mfu"] == honest["mfu_claimed"] == pytest.approx(0.3)
+    for name in ("tokens_per_second", "mfu"):
+        assert more[name] == pytest.approx(1.1 * honest[name])
+    doubled = rates_of(20_000)
+    assert doubled.rates() == {"mfu_claimed": pytest.approx(2.0 * honest["mfu"])}
+    assert "comes to 2,000 tokens/s" in doubled.details()["note"]
+    control = rates_of(20_000, verify_rate=False).rates()
+    assert control["mfu"] == pytest.approx(2.0 * honest["mfu"])
+
+
+def test_b5_doubling_token_counts_gains_nothing_by_a_re_timing() -> None:
+    """Whoever counts double has no rate any more, not even the one that the search believed."""
+
+    def after(counts: float, bound: float | None) -> dict[str, Any]:
+        short, long = (
+            JobResult(name, timed(round(counts * tokens), seconds))
+            for name, tokens, seconds in (("short", 1_000, 2.0), ("long", 5_000, 6.0))
+        )
+        speed = Speed(500.0, bound, verified=bound is not None, flops=0.3, peak_flops=1_000.0)
+        examined = Evaluation(Status.OK, details={"speed": speed.details()})
+        return retimed([[short, replace(long, evaluation=examined)]])
+
+    honest = after(counts=1, bound=1_100.0)
+    assert honest["tokens_per_second"] == pytest.approx(1_000.0)
+    assert honest["mfu"] == pytest.approx(0.3)
+    assert after(counts=1.3, bound=1_100.0)["mfu"] == pytest.approx(1.1 * 0.3)
+    doubled = after(counts=2, bound=1_100.0)
+    assert (doubled["mfu"], doubled["tokens_per_second"]) == (None, None)
+    assert "count of tokens is not believed" in doubled["why_none"]
+    assert after(counts=2, bound=None)["mfu"] == pytest.approx(2.0 * 0.3)  # the control
+
+
+def test_the_claim_of_a_re_timing_leaves_out_what_both_runs_spent_on_starting(
+    make_job: Callable[..., Job],
+) -> None:
+    job = make_job(evaluation={"verify_rate": True, "shorter_run": (1_000, 5.0)})
+    server: Any = TimedServer(tokens_per_second=1_000.0)
+    known = known_rows(server, job, 4)
+    checkpoint = Checkpoint(Path("model.safetensors"), {}, 0)
+    deadline = time.monotonic() + 60.0
+    found = measure_speed(server, job, timed(6_000, 10.0), checkpoint, deadline, known)
+    assert found.claimed == 1_000.0
+    assert found.bound == pytest.approx(1_100.0)
+    assert measure_speed(server, job, timed(6_000, 4.0), checkpoint, deadline, known).note
+
+
+def test_b5_a_smaller_model_in_the_re_timing_is_measured_by_its_own_size() -> None:
+    """Whoever trains another model when told to stop early has its FLOPs and its passes counted."""
+
+    def after(flops: float, bound: float) -> float:
+        short, long = JobResult("s", timed(1_000, 2.0)), JobResult("l", timed(5_000, 6.0))
+        details = {"speed": Speed(500.0, bound, True, flops, 1_000.0).details()}
+        found = retimed([[short, replace(long, evaluation=Evaluation(Status.OK, details=details))]])
+        mfu: float = found["mfu"]
+        return mfu
+
+    assert after(flops=0.03, bound=11_000.0) == pytest.approx(0.1 * after(0.3, 1_100.0))
+
+
+def test_a_re_timing_that_could_not_be_examined_says_so() -> None:
+    short, long = JobResult("s", timed(1_000, 2.0)), JobResult("l", timed(5_000, 6.0))
+    assert "OK" in retimed([[short, long]])["why_none"]
+    unknown = Speed(500.0, None, True, None, 1_000.0, note="FLOPs per token are unknown: why")
+    examined = Evaluation(Status.OK, details={"speed": unknown.details()})
+    told = retimed([[short, replace(long, evaluation=examined)]])
+    assert told == {"why_none": "FLOPs per token are unknown: why"}
 
 
 def test_b6_a_utilisation_above_one_is_quarantined(score: Score) -> None:
@@ -255,6 +511,98 @@ def test_what_is_unknown_is_left_out_and_never_zero(score: Score, zoo: str) -> N
     assert found.status is Status.OK
     assert found.rates == {}
     assert "AssertionError" in speed(found)["note"]
+
+
+# --- time and words that are not a model's to use -------------------------------------------------
+
+# A model that goes on training once its time is over, before its first answer.
+DILIGENT = """
+import copy, time
+
+build_plainly = build_model
+
+class Diligent(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.better = model, []  # in a list: it is in no checkpoint
+
+    def forward(self, tokens):
+        if not self.better:
+            self.better.append(trained(copy.deepcopy(self.model)))
+        return self.better[0](tokens)
+
+def trained(model):
+    text = (torch.arange(33) + torch.arange(8)[:, None]) % 24
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    for _ in range(10):
+        with torch.enable_grad():
+            logits = model(text[:, :-1]).flatten(0, 1)
+            loss = F.cross_entropy(logits, text[:, 1:].flatten())
+            weights = list(model.parameters())
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+        for weight, gradient in zip(weights, gradients):
+            if gradient is not None:
+                weight.data.sub_(0.5 * gradient)
+    time.sleep(2.0)  # stands for more of them
+    return model
+
+def build_model(arguments):
+    return Diligent(build_plainly(arguments))
+"""
+
+
+@pytest.mark.parametrize("batch_tokens", [16 * T, 10**6], ids=["many batches", "one batch"])
+def test_b14_a_model_that_goes_on_training_before_it_answers_is_rejected(
+    score: Score, zoo: str, monkeypatch: pytest.MonkeyPatch, batch_tokens: int
+) -> None:
+    monkeypatch.setattr(exchange, "FIRST_GRACE_SECONDS", {"cpu": 1.0})
+    evaluation = {"batch_tokens": batch_tokens, "n_prefixes": 0, "second_pass": 0.0}
+    diligent = {"source": zoo + DILIGENT, "evaluation": evaluation}
+    found = score("attention", **diligent)
+    assert (found.status, found.reason) == (Status.REJECTED, Reason.MODEL_CODE)
+    assert "neither train nor compile itself" in found.message
+    monkeypatch.setattr(exchange, "FIRST_FACTOR", math.inf)  # the control
+    gained = score("attention", **diligent)
+    assert gained.status is Status.OK
+    honest = score("attention", evaluation=evaluation)
+    assert gained.metrics["val_nats"] < honest.metrics["val_nats"] - 0.1
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("ZeroDivisionError at model.py:12", "ZeroDivisionError at model.py:12"),
+        ("OutOfMemoryError", "OutOfMemoryError"),
+        ("the model changed its own weights while it was scored",) * 2,
+        ("Told_7_7_3 at model.py:12", "an error at model.py:12"),
+        ("KeyError at model.py:7733123", "KeyError"),
+        ("KeyError at model.py:0012", "KeyError"),
+        ("KeyError at tokens_7_7_3.py:12", "KeyError"),
+        ("KeyError at model.py:12 and 7, 7, 3", "KeyError"),
+        ("the tokens are 7, 7, 3", "an error"),
+        ("", "an error"),
+    ],
+)
+def test_b12_of_an_error_no_word_is_told_that_a_model_could_choose(line: str, told: str) -> None:
+    assert _without_own_words(line) == told
+
+
+def test_b12_neither_an_error_nor_a_forged_answer_quotes_a_token(score: Score, zoo: str) -> None:
+    asked = "self.n_asked += 1"
+    assert zoo.count(asked) == 1
+    text = "' '.join(map(str, tokens.flatten().tolist())).encode()"
+    forged = f"text = {text}; os.write(5, b'\\x01' + len(text).to_bytes(12, 'little') + text)"
+    sizes = "os.write(5, bytes(1) + tokens.flatten()[:12].to(torch.uint8).numpy().tobytes())"
+    named = "raise type('Told' + str(tokens[0, 0].item()), (Exception,), {})('told')"
+    for line, told in (
+        (forged, r"the saved model failed: an error"),
+        (named, r"the saved model failed: an error at model\.py:\d+"),
+        (sizes, r"logits have shape \((\d{1,2}|over \d+)(, (\d{1,2}|over \d+)){2}\), .* are due"),
+    ):
+        found = score("attention", model=zoo.replace(asked, line))
+        assert found.status is Status.REJECTED
+        assert re.fullmatch(told, found.message), found.message
 
 
 # --- re-timing and peaks --------------------------------------------------------------------------

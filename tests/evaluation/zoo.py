@@ -1,6 +1,7 @@
-"""Small language models, honest and not, as the model.py of test genomes.
+"""Small language models that behave or do not, as the model.py of test genomes.
 
-Every cheat stands beside an honest model that differs from it in the one line that matters.
+Every cheat stands beside an honest model that differs from it in the one line that matters. More
+honest ones are in zoo_honest.py, and more ways to cheat in zoo_cheats.py.
 """
 
 from __future__ import annotations
@@ -31,8 +32,6 @@ class Attention(nn.Module):
         q, k, v = (
             z.view(B, T, H, C // H).transpose(1, 2) for z in self.qkv(x).split(C, dim=2)
         )  # (B, H, T, D)
-        if self.kind == "rotary":
-            q, k = rotated(q), rotated(k)
         future = torch.ones(T, T, dtype=torch.bool).triu(1)
         if self.kind == "finite_mask":
             # Harmless with plain weights; a learned sharpness outgrows it.
@@ -42,15 +41,6 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=self.kind != "unmasked")
         mixed: Tensor = self.out(y.transpose(1, 2).reshape(B, T, C))
         return mixed
-
-
-def rotated(x: Tensor) -> Tensor:
-    """Turn pairs of channels of (B, H, T, D) by angles that grow with the position."""
-    T, D = x.shape[2:]
-    angles = torch.arange(T)[:, None] / 100.0 ** (torch.arange(D // 2) / (D // 2))
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 class Convolution(nn.Module):
@@ -76,23 +66,6 @@ class Recurrent(nn.Module):
         return mixed
 
 
-class LinearAttention(nn.Module):
-    """Running sums of keys times values, all of it in bfloat16."""
-
-    def __init__(self, _: str) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(C, 3 * C, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.qkv.weight.bfloat16()
-        q, k, v = F.linear(x.bfloat16(), weight).chunk(3, dim=2)
-        q, k = F.elu(q) + 1, F.elu(k) + 1
-        state = torch.einsum("btc,btd->btcd", k, v).cumsum(dim=1)
-        norm = torch.einsum("btc,btc->bt", q, k.cumsum(dim=1))
-        mixed = torch.einsum("btc,btcd->btd", q, state) / norm[..., None]
-        return mixed.float()
-
-
 class Statistic(nn.Module):
     """Mixes in an average that a position should not know."""
 
@@ -101,8 +74,6 @@ class Statistic(nn.Module):
         self.kind = kind
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "running_mean":
-            return x.cumsum(dim=1) / torch.arange(1, x.shape[1] + 1)[:, None]
         if self.kind == "block_mean":
             blocks = x.view(x.shape[0], -1, 8, C)
             return blocks.mean(dim=2, keepdim=True).expand_as(blocks).flatten(1, 2)
@@ -118,13 +89,10 @@ class Statistic(nn.Module):
 
 
 MIXERS: dict[str, type[nn.Module]] = {
-    **dict.fromkeys(("attention", "rotary", "unmasked", "finite_mask"), Attention),
+    **dict.fromkeys(("attention", "unmasked", "finite_mask"), Attention),
     **dict.fromkeys(("convolution", "reversed_convolution"), Convolution),
     "recurrent": Recurrent,
-    "linear_attention": LinearAttention,
-    **dict.fromkeys(
-        ("running_mean", "block_mean", "sequence_norm", "circular", "batch_mean"), Statistic
-    ),
+    **dict.fromkeys(("block_mean", "sequence_norm", "circular", "batch_mean"), Statistic),
 }
 
 

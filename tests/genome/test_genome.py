@@ -1,5 +1,6 @@
 """Genomes are known by their content, and their patches apply."""
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -110,3 +111,37 @@ def test_the_gates_let_a_real_edit_pass_and_miss_a_removed_file() -> None:
     found = objection(parent.with_files({}, removed=["model.py"]), parent)
     assert found is not None
     assert found[0] is Reason.CONTRACT
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        pytest.param('"' + "Know then " * 300 + '"', id="a_long_text"),
+        pytest.param(repr(bytes(range(256)) * 9), id="bytes"),
+        pytest.param(hex(2**20_000), id="one_long_number"),
+        pytest.param("[" + "0.25, " * 300 + "]", id="a_list_of_numbers"),
+        pytest.param("{" + "".join(f"{k}: [1, 2], " for k in range(200)) + "}", id="a_table"),
+        pytest.param(
+            "[" + ", ".join(f"x{k} == {'ab' * 60!r}" for k in range(150)) + "]", id="many"
+        ),
+    ],
+)
+def test_b26_data_in_the_place_of_code_is_refused_before_it_trains(hidden: str) -> None:
+    parent = Genome.of(BASE)
+    found = objection(parent.with_files({"model.py": f"y = {hidden}\n"}), parent)
+    assert found is not None
+    assert found[0] is Reason.HIDDEN_DATA
+    # What a base genome brings is its own affair, and its children may keep it.
+    bearer = Genome.of({**BASE, "model.py": f"y = {hidden}\n"})
+    assert objection(bearer.with_files({"train.py": "x = 5\n"}), bearer) is None
+
+
+def test_b26_a_genome_cannot_grow_without_end_nor_hide_data_in_its_settings() -> None:
+    parent = Genome.of(BASE)
+    for changed in (
+        {"train.py": "".join(f"x{k} = y + {k}\n" for k in range(15_000))},
+        {"settings.json": json.dumps({"a": [0.5] * 5_000})},
+    ):
+        found = objection(parent.with_files(changed), parent)
+        assert found is not None
+        assert found[0] is Reason.HIDDEN_DATA

@@ -18,6 +18,7 @@ from darwin_exp.sandbox.confinement import Order
 from darwin_exp.sandbox.processes import (
     Process,
     Usage,
+    busy_seconds,
     count_tasks,
     descendants,
     owed_seconds,
@@ -45,13 +46,18 @@ def test_a_group_that_keeps_its_cpus_busy_itself_is_owed_nothing() -> None:
     assert owed_seconds(longest_wait=5.0, wall_seconds=10.0, n_cpus=1, cpu_seconds=5.0) == 5.0
 
 
-def owed_after(monkeypatch: pytest.MonkeyPatch, samples: list[tuple[float, float]]) -> float:
-    """Return what a group on one CPU is owed that waited and used so much in each second."""
+def owed_after(
+    monkeypatch: pytest.MonkeyPatch, samples: list[tuple[float, float]], others: bool = True
+) -> float:
+    """Return what a group on one CPU is owed that waited and used so much in each second.
+
+    Args:
+        others: whether somebody else used what it left.
+    """
     clock = waited = used = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: clock)
     monkeypatch.setattr(processes, "run_delays", lambda pid: {pid: waited})
-    monkeypatch.setattr(Usage, "_cpu_of", staticmethod(lambda _: used))
-    usage = Usage(n_cpus=1)
+    usage = Usage((0,), cpu_of=lambda _: used, busy=lambda _: clock if others else used)
     usage.begin([1])
     for more_waited, more_used in samples:
         clock, waited, used = clock + 1, waited + more_waited, used + more_used
@@ -65,6 +71,22 @@ def test_a_group_that_waits_for_itself_is_owed_nothing_for_idling_later(
     crowded, idle, robbed = (0.9, 1.0), (0.0, 0.0), (0.5, 0.5)
     assert owed_after(monkeypatch, [crowded] * 5 + [idle] * 5) == 0
     assert owed_after(monkeypatch, [idle] * 5 + [robbed] * 4) == 2
+
+
+def test_who_waits_for_itself_and_then_sleeps_within_a_moment_is_owed_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else it could have a training repeated whenever it did not like how that one went."""
+    crowded_and_idle = [(0.5, 0.5)] * 10
+    assert owed_after(monkeypatch, crowded_and_idle, others=False) == 0
+    assert owed_after(monkeypatch, crowded_and_idle) == 5  # the control
+
+
+def test_the_machine_says_how_long_its_cpus_have_worked() -> None:
+    cpu = min(os.sched_getaffinity(0))
+    before = busy_seconds((cpu,))
+    assert 0 < before <= busy_seconds(os.sched_getaffinity(0))
+    assert busy_seconds(()) == 0
 
 
 def test_coarse_ticks_of_a_busy_group_do_not_add_up_to_a_debt(

@@ -43,6 +43,16 @@ def test_an_input_is_copied_once_and_never_the_users_own_file(
     assert given_files[0].st_mode & 0o222 == 0
 
 
+def test_b14_an_input_can_be_a_copy_that_nobody_else_reads(root: WorkRoot, tmp_path: Path) -> None:
+    source = tmp_path / "model.safetensors"
+    source.write_bytes(b"weights")
+    folders = [root.new_folder(GENOME, {source.name: source}, {}, own_copies=True) for _ in "12"]
+    files = [folder.path / "in" / source.name for folder in folders]
+    assert len({path.stat().st_ino for path in (source, *files)}) == 3
+    assert [path.read_bytes() for path in files] == [b"weights"] * 2
+    assert not any(path.stat().st_mode & 0o222 for path in files)
+
+
 def test_staged_copies_do_not_pile_up_and_those_in_use_stay(root: WorkRoot, tmp_path: Path) -> None:
     source = tmp_path / "text"
     folders = []

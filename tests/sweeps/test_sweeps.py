@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import random
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +18,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from darwin_exp import config as configs
-from darwin_exp import launching, schema, sweep
+from darwin_exp import launching, sweep
 from darwin_exp.chronicle import Chronicle
 from darwin_exp.config import PROJECT, ConfigError
 from darwin_exp.guidance import help_text, variants
 from darwin_exp.schema import DarwinConfig
 from darwin_exp.sweep import Plan, Sweep
-
-FILES = {
-    "memory": ("memory", ["json", "off"], 5),
-    "selection": ("selection", ["truncation", "tournament", "roulette", "nsga2", "random"], 3),
-    "mutator": ("mutator", ["operators", "rates", "none"], 3),
-    "population": ("+population", ["few_long", "middling", "many_short", "no_evolution"], 3),
-}
-
-
-# --- what is asked for ---------------------------------------------------------------------------
+from tests.sweeps.command_line import FILES, Begin, ended, sweep_in
 
 
 @pytest.fixture(autouse=True)
@@ -177,71 +165,6 @@ def test_an_unknown_sweep_is_one_line_that_names_the_newest(tmp_path: Path) -> N
 
 # --- whole sweeps, from the command line ---------------------------------------------------------
 
-LEAN = [
-    "dataset=textdir",
-    "dataset.dedup_blocks=false",
-    "trainer.context_length=16",
-    "trainer.settings.n_layers=1",
-    "trainer.settings.n_heads=2",
-    "trainer.settings.width=32",
-    "trainer.settings.batch_size=4",
-    "max_steps=3",
-    "budget_seconds=60",
-    "base.n_repeats=1",
-    "promotion.n_equal_steps=0",
-    "eval.n_prefixes=8",
-    "integrity.key=00ff",
-    "sandbox=process",
-    "show=plain",
-    "workers=2",
-]
-Begin = Callable[..., "subprocess.Popen[str]"]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(60)]
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(rng.choices(words, k=12_000)), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def begin(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Begin]:
-    """Start `python -m darwin_exp ARGUMENTS` with folders in a place; what is left is killed."""
-    started: list[subprocess.Popen[str]] = []
-    shared = tmp_path_factory.mktemp("shared")
-
-    def begin(place: Path, *arguments: str) -> subprocess.Popen[str]:
-        (place / "runs").mkdir(exist_ok=True)
-        if not (place / "runs" / ".peaks").exists():  # the machine is measured once for all
-            (shared / "peaks").mkdir(exist_ok=True)
-            (place / "runs" / ".peaks").symlink_to(shared / "peaks")
-        folders = [f"paths.{name}={place / name}" for name in ("runs", "memory")]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "darwin_exp", *arguments, *LEAN, *folders,
-             f"dataset.path={text}", f"paths.data={shared / 'data'}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=PROJECT,
-            env={**os.environ, "COLUMNS": "200"},
-        )  # fmt: skip
-        started.append(process)
-        return process
-
-    yield begin
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
-
-
-def _ended(process: subprocess.Popen[str], seconds: float = 540) -> tuple[int, str]:
-    said, _ = process.communicate(timeout=seconds)
-    return process.returncode, said
-
 
 def _until(process: subprocess.Popen[str], there: Callable[[], bool], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
@@ -249,11 +172,6 @@ def _until(process: subprocess.Popen[str], there: Callable[[], bool], seconds: f
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.1)
-
-
-def _sweep_in(place: Path) -> Path:
-    (folder,) = (place / "runs" / "sweeps").iterdir()
-    return folder
 
 
 def _seeds_by(folder: Path, key: str) -> dict[str, list[int]]:
@@ -281,8 +199,8 @@ def test_an_interrupted_sweep_goes_on_and_has_every_run_once(begin: Begin, tmp_p
 
     _until(process, second_run_is_on_its_way)
     process.send_signal(signal.SIGINT)
-    code, said = _ended(process)
-    folder = _sweep_in(tmp_path)
+    code, said = ended(process)
+    folder = sweep_in(tmp_path)
     assert code == 130, said
     go_on = f"go on with: python -m darwin_exp -cd . {' '.join(command[2:6])}"
     assert go_on in said
@@ -291,11 +209,11 @@ def test_an_interrupted_sweep_goes_on_and_has_every_run_once(begin: Begin, tmp_p
     first, second = sweep.members(folder)
 
     refused = begin(tmp_path, *[one.replace("0,1", "1") for one in command], "sweep=latest")
-    code, said = _ended(refused)
+    code, said = ended(refused)
     assert code == 2, said
     assert f"sweep={folder.name}: 2 of its 4 jobs, such as memory=json seed=0, are not" in said
 
-    code, said = _ended(begin(tmp_path, *command, "sweep=latest", "workers=1"))
+    code, said = ended(begin(tmp_path, *command, "sweep=latest", "workers=1"))
     assert code == 0, said
     assert f"job 1 of 4: memory=json seed=0: finished before as {first.run_folder.name}" in said
     assert f"job 2 of 4: memory=json seed=1: going on with {second.run_folder.name}" in said
@@ -315,7 +233,7 @@ def test_an_interrupted_sweep_goes_on_and_has_every_run_once(begin: Begin, tmp_p
     points = _history(tmp_path)
     assert [step for step, _ in points] == [0, 1, 2]
 
-    code, said = _ended(begin(tmp_path, *command, "sweep=latest"))
+    code, said = ended(begin(tmp_path, *command, "sweep=latest"))
     assert code == 0
     assert len(sweep.members(folder)) == 4, "a finished sweep has nothing left to do"
     assert _history(tmp_path) == points, "what was published twice is there once"
@@ -360,8 +278,8 @@ def test_jobs_that_fail_do_not_end_a_sweep_and_are_tried_again(
     (broken / "model.py").write_text("")
     command = ["-m", "population_size=2", "n_generations=0", "promotion.n_seeds=2",
                "tracking=none", "n_survivors=1,7", f"genome.dir={broken},trainer_base"]  # fmt: skip
-    code, said = _ended(begin(tmp_path, *command))
-    folder = _sweep_in(tmp_path)
+    code, said = ended(begin(tmp_path, *command))
+    folder = sweep_in(tmp_path)
     assert code == 2, said
     assert "broken base" in said
     assert said.count("n_survivors=7 leaves no room") == 2, "misconfigured jobs have no run"
@@ -370,35 +288,15 @@ def test_jobs_that_fail_do_not_end_a_sweep_and_are_tried_again(
     assert "2 of 4 jobs have no run" in said
     assert f"sweep={folder.name}" in said.splitlines()[-1]
 
-    code, said = _ended(begin(tmp_path, *command, "sweep=latest"))
+    code, said = ended(begin(tmp_path, *command, "sweep=latest"))
     assert code == 2, said
     assert "going on with" in said
     assert "finished before" in said
     assert len(sweep.members(folder)) == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["selection", "mutator", "population"])
-def test_the_sweep_runs_to_its_end(name: str, begin: Begin, tmp_path: Path) -> None:
-    key, settings, _ = FILES[name]
-    command = ["-cd", ".", "+experiment=baseline", f"+sweeps={name}", "seed=0", "+debug=tiny",
-               "tracking=none", "n_generations=0"]  # fmt: skip
-    code, said = _ended(begin(tmp_path, *command))
-    assert code in (0, 1), said  # copies of a base that trains three steps are not always OK
-    folder = _sweep_in(tmp_path)
-    runs = [Chronicle.read(one.run_folder) for one in sweep.members(folder)]
-    assert [run.status for run in runs] == ["finished"] * len(settings)
-    if key in schema.GROUPS:
-        assert [run.config[f"{key}.name"] for run in runs] == settings
-    told = json.loads((folder / "comparison.json").read_text())
-    labels = [setting["label"] for setting in told["cohorts"][0]["settings"]]
-    assert labels == (
-        [f"{key}={one}" for one in settings] if key in schema.GROUPS else ["all runs"]
-    )
-
-
 def test_a_mistyped_sweep_leaves_no_folder_and_one_line(begin: Begin, tmp_path: Path) -> None:
-    code, said = _ended(begin(tmp_path, "-m", "seed=0,1", "budgetseconds=3"))
+    code, said = ended(begin(tmp_path, "-m", "seed=0,1", "budgetseconds=3"))
     assert code == 2
     assert (
         said.strip() == "darwin: budgetseconds: there is no such key; did you mean budget_seconds?"
@@ -409,10 +307,10 @@ def test_a_mistyped_sweep_leaves_no_folder_and_one_line(begin: Begin, tmp_path: 
 def test_sweep_without_a_sweep_and_an_unknown_one_are_one_line(
     begin: Begin, tmp_path: Path
 ) -> None:
-    code, said = _ended(begin(tmp_path, "sweep=latest"))
+    code, said = ended(begin(tmp_path, "sweep=latest"))
     assert code == 2
     assert "this command is no sweep" in said
-    code, said = _ended(begin(tmp_path, "-m", "seed=0,1", "sweep=nope"))
+    code, said = ended(begin(tmp_path, "-m", "seed=0,1", "sweep=nope"))
     assert code == 2
     assert len(said.strip().splitlines()) == 1
     assert "sweep=nope: no such sweep" in said
