@@ -155,7 +155,8 @@ def _refuse_other_environment(run_folder: Path, begun: Event, workshop: Workshop
         if recorded.get(name) != value:
             raise ConfigError(
                 f"{run_folder.name}: its scores were measured with {name}={recorded.get(name)!r} "
-                f"and here it is {value!r}, so they cannot be compared; start a new run"
+                f"and here it is {value!r}, so they cannot be compared; start a new run (in a "
+                f"sweep: remove {run_folder}, and its job begins anew)"
             )
     before, now = begun.measured["n_slots"], len(workshop.slots)
     by_the_clock = workshop.config.max_steps is None or workshop.config.fitness.name != "perplexity"

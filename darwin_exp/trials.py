@@ -33,10 +33,10 @@ from darwin_exp.protocols import Executor, InfrastructureFailure, Interrupted
 CHECKPOINT = "artefacts/model.safetensors"  # below the folder of a trial
 BASE_ID = "g00-i00"
 MAX_TRIES = 3  # a lost trial is repeated at most twice
-# What is claimed is examined harder than what is searched: with so many times the prefixes, as far
-# as so many cuts of each window go, and with so many of the windows asked for twice. That is about
-# twice the tokens, in each of a claim's trainings. What these say of rates is not asked for:
-# closing times them separately.
+# Selected code is examined harder for the claim than in the search: with so many times the
+# prefixes, as far as so many cuts of each window go, and with so many of the windows asked for
+# twice. That is about twice the tokens. What claims say of rates is not asked for: closing times
+# them separately.
 _CLAIMS = (Purpose.CLAIM, Purpose.EQUAL_STEPS)
 CLAIM_PREFIXES, CLAIM_CUTS, CLAIM_SECOND_PASS = 4, 2, 0.5
 
@@ -142,14 +142,15 @@ class Trials:
         if trial.split is not None:
             evaluation = replace(bench.evaluation, split=trial.split)
             if trial.purpose in _CLAIMS:
+                evaluation = replace(evaluation, verify_rate=False)
+            if trial.purpose is Purpose.CLAIM and trial.individual_id != BASE_ID:
                 evaluation = replace(
                     evaluation,
                     n_prefixes=CLAIM_PREFIXES * evaluation.n_prefixes,
                     cuts_per_window=CLAIM_CUTS,
                     second_pass=CLAIM_SECOND_PASS,
-                    verify_rate=False,
                 )
-            elif trial.purpose is Purpose.RETIME:
+            if trial.purpose is Purpose.RETIME:
                 # Nothing but its speed is asked: one window shows that it is a model at all.
                 evaluation = replace(
                     evaluation,

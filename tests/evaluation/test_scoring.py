@@ -34,7 +34,7 @@ from darwin_exp.individual import (
 )
 from darwin_exp.journal import Journal
 from darwin_exp.protocols import InfrastructureFailure
-from darwin_exp.trials import Bench, Trial, Trials
+from darwin_exp.trials import BASE_ID, Bench, Trial, Trials
 
 Score = Callable[..., Evaluation]
 MakeJob = Callable[..., Job]
@@ -370,16 +370,18 @@ def test_what_is_claimed_is_examined_harder_than_what_is_searched(
     spec = EvaluationSpec("val")
     bench = Bench(1, b"key", job.data, job.training, spec, job.sandbox, tmp_path)
     trials = Trials(bench, executor, journal)
-    for purpose in (Purpose.SEARCH, Purpose.CLAIM, Purpose.EQUAL_STEPS):
-        name = f"g01-i01/{purpose.value}"
-        trials.run(Trial(name, "g01-i01", purpose, job.genome, "test", f"individuals/{name}"))
+    wanted = [("g01-i01", purpose) for purpose in (Purpose.SEARCH, Purpose.CLAIM)]
+    wanted += [("g01-i01", Purpose.EQUAL_STEPS), (BASE_ID, Purpose.CLAIM)]
+    for who, purpose in wanted:
+        name = f"{who}/{purpose.value}"
+        trials.run(Trial(name, who, purpose, job.genome, "test", f"individuals/{name}"))
     journal.close()
-    searched, *claimed = (asked.evaluation for asked in executor.jobs)
+    searched, claim, at_steps, of_base = (asked.evaluation for asked in executor.jobs)
     assert searched == replace(spec, split="test")
-    for claim in claimed:
-        assert claim is not None
-        assert claim.n_prefixes >= 1_000
-        assert claim.cuts_per_window > 1
-        assert claim.second_pass > spec.second_pass
-        assert not claim.verify_rate
-        assert claim.max_logits_bytes == spec.max_logits_bytes  # the same text is scored
+    assert at_steps == of_base == replace(spec, split="test", verify_rate=False)
+    assert claim is not None
+    assert claim.n_prefixes >= 1_000
+    assert claim.cuts_per_window > 1
+    assert claim.second_pass > spec.second_pass
+    assert not claim.verify_rate
+    assert claim.max_logits_bytes == spec.max_logits_bytes  # the same text is scored
