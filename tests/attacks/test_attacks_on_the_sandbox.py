@@ -194,12 +194,14 @@ def test_a7_a_daemon_does_not_outlive_its_run(box: Box) -> None:
         held.append(box.traces())
 
     found = box.attack(OK, DAEMON.replace("NAME", GHOST), look=look)
-    assert len(seen[0]) == 1, "who looks from outside would not see it"
     assert named(GHOST) == []
     assert found.training.exit_code == 0
-    # That nothing is listed afterwards means something: it was, while it ran.
-    expected = {"folder", "container", "volume"} if box.engine else {"folder", "process"}
-    assert {trace.split()[0] for trace in held[0]} == expected
+    # That nothing is listed afterwards means something: it was, while it ran. In bubblewrap its
+    # process 1 takes everybody along when training ends, and whoever looks then may be too late.
+    if box.kind != "bubblewrap":
+        assert len(seen[0]) == 1, "who looks from outside would not see it"
+        expected = {"folder", "container", "volume"} if box.engine else {"folder", "process"}
+        assert {trace.split()[0] for trace in held[0]} == expected
 
 
 ATTACHES = """
