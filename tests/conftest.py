@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
 
 from tests.sandbox_image import base_or_skip, trainer_or_skip
+
+# How long an example takes is no property of the code: the first one may import torch.
+settings.register_profile("untimed", settings(), deadline=None)
+settings.load_profile("untimed")
 
 # Here, because the process that sums up a parallel run loads no conftest.py below this one.
 pytest_plugins = ["tests.attacks.tally"]
