@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast test-edits test-integrity check format bench image ui clean
+.PHONY: help setup run test test-fast test-edits test-integrity test-kills check format bench image ui clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*?## "} {printf "  make %-14s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ test-edits: setup ## train all pairs of built-in edits and a draw of triples, on
 
 test-integrity: setup ## score every honest model and every cheat of the zoos under ten secrets
 	$(BIN)/python -m pytest -n auto -m integrity tests/evaluation
+
+test-kills: setup ## kill a run a hundred times while its language models answer
+	$(BIN)/python -m pytest -s -m kills tests/faults
 
 check: setup ## formatter, linter, types and the import contract
 	$(BIN)/ruff format --check .

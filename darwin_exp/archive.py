@@ -27,6 +27,8 @@ class Archive:
     Attributes:
         base: the first individual; everything is compared with it.
         best_by_generation: highest fitness among the living at the end of each generation.
+        noise_sd: standard deviation of the base's repeated fitness, as it stood when the last
+            generation was closed; None until it is known.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Archive:
         self._base_fitness: list[float] = []
         self.base: Individual | None = None
         self.best_by_generation: list[float] = []
+        self.noise_sd: float | None = None
 
     def everyone(self) -> dict[str, Individual]:
         """Return all individuals so far, by name."""
@@ -167,6 +170,7 @@ class Archive:
         for child in offspring:
             self._memory.learn(self._lesson(child, noise))
         self._memory.close_generation()
+        self.noise_sd = noise.sd_log_perplexity
         best = max(population, key=fitness_or_least)
         self.best_by_generation.append(fitness_or_least(best))
         self._journal.once(
@@ -241,6 +245,7 @@ def _payload(individual: Individual) -> dict[str, Any]:
         "fitness": individual.fitness,
         "attempts": individual.attempts,
         "repaired": individual.repaired,
+        "model": None if individual.model is None else asdict(individual.model),
     }
 
 

@@ -161,7 +161,8 @@ def _search_job(chronicle: Chronicle, champion: Agent) -> Event | None:
     for event in chronicle.of_kind("job"):
         ours = event.payload["individual_id"] == champion.individual_id
         same_code = event.payload["genome_id"] == champion.genome_id
-        if ours and same_code and event.payload["status"] == "OK":
+        judged = event.payload["purpose"] in ("search", "base_repeat")
+        if ours and judged and same_code and event.payload["status"] == "OK":
             return event
     return None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from darwin_exp.schema import (
     DockerConfig,
     JsonMemoryConfig,
     MergeConfig,
+    Mode,
     Nsga2Config,
+    OpenaiConfig,
     OperatorsConfig,
     TournamentConfig,
 )
@@ -44,7 +46,9 @@ class ConfigError(Exception):
 def register() -> None:
     """Put the schemas where the YAML files find them, under names that start with `base_`."""
     store = ConfigStore.instance()
-    store.store(name="base_darwin", node=DarwinConfig)
+    whole = OmegaConf.structured(DarwinConfig)
+    OmegaConf.set_struct(whole.llm.prices, False)  # takes any model's name
+    store.store(name="base_darwin", node=whole)
     for group, schemas in SCHEMAS.items():
         for name, schema in schemas.items():
             store.store(group=group, name=f"base_{name}", node=schema)
@@ -120,6 +124,7 @@ def check(config: DarwinConfig) -> None:
                 " <= most, such as [1,2]"
             )
         _at_least("mutator.max_drafts", config.mutator.max_drafts, 1)
+    _check_models(config)
     if isinstance(config.crossover, MergeConfig) and not 0 <= config.crossover.probability <= 1:
         raise ConfigError(
             f"crossover.probability={config.crossover.probability} must lie between 0 and 1"
@@ -158,6 +163,56 @@ def _check_containers(box: DockerConfig) -> None:
         )
 
 
+def _check_models(config: DarwinConfig) -> None:
+    chosen, llm = config.mutator, config.llm
+    _positive("llm.timeout_seconds", llm.timeout_seconds)
+    _at_least("llm.max_retries", llm.max_retries, 0)
+    for name, cap in (("max_tokens", llm.max_tokens), ("max_calls", llm.max_calls)):
+        if cap is not None:
+            _at_least(f"llm.{name}", cap, 1)
+    if llm.max_usd is not None:
+        _positive("llm.max_usd", llm.max_usd)
+    for model, price in llm.prices.items():
+        numbers = price if isinstance(price, list) else []
+        if len(numbers) != 2 or not all(map(_is_price, numbers)):
+            raise ConfigError(
+                f"llm.prices: {model}={price} must be USD for a million tokens in and out, such as "
+                "[0.15,0.6]"
+            )
+    if llm.mode is not Mode.live and llm.recording is None:
+        raise ConfigError(
+            f"llm.mode={llm.mode.value} needs llm.recording: a file, or to replay also a run id"
+        )
+    if not isinstance(chosen, OpenaiConfig):
+        if llm.mode is not Mode.live:
+            raise ConfigError(
+                f"llm.mode={llm.mode.value}: mutator={chosen.name} asks no language model; use "
+                "mutator=openai"
+            )
+        return
+    for name in ("max_drafts", "answer_tokens"):
+        _at_least(f"mutator.{name}", getattr(chosen, name), 1)
+    _at_least("mutator.prompt_tokens", chosen.prompt_tokens, 1000)
+    _at_least("mutator.smoke_steps", chosen.smoke_steps, 0)
+    if not 0 < chosen.chunk_probability <= 1:
+        raise ConfigError(
+            f"mutator.chunk_probability={chosen.chunk_probability} must be above 0 and at most 1"
+        )
+    for listed in chosen.models:
+        if not (listed.weight > 0 and math.isfinite(listed.weight)):
+            raise ConfigError(
+                f"mutator.models: {listed.name} has weight={listed.weight}, which must be above 0"
+            )
+    for heat in [chosen.temperature, *(model.temperature for model in chosen.models)]:
+        if heat is not None and not 0 <= heat <= 2:
+            raise ConfigError(f"mutator.temperature={heat} must lie between 0 and 2, or be null")
+
+
+def _is_price(usd: Any) -> bool:
+    is_number = isinstance(usd, int | float) and not isinstance(usd, bool)
+    return is_number and math.isfinite(usd) and usd >= 0
+
+
 def _check_splits(splits: list[float]) -> None:
     if len(splits) != 4 or min(splits) < 0 or not math.isclose(sum(splits), 1.0, abs_tol=1e-6):
         raise ConfigError(
@@ -193,6 +248,8 @@ def leaves(
             yield from leaves(value, f"{name}.", free)
         elif isinstance(value, Mapping):
             yield from ((f"{name}.{key}", item, free) for key, item in value.items())
+        elif isinstance(value, list) and any(map(is_dataclass, value)):
+            yield name, [asdict(item) for item in value], free
         else:
             yield name, value.value if isinstance(value, Enum) else value, free
 
@@ -205,9 +262,12 @@ def is_operational(key: str) -> bool:
         return False
     if top.metadata.get("operational") or head in (*OPERATIONAL_GROUPS, "paths"):
         return True
+    kinds = SCHEMAS[head].values() if head in SCHEMAS else [type(getattr(DarwinConfig(), head))]
+    name = inner.partition(".")[0]
     return any(
-        entry.name == inner and bool(entry.metadata.get("operational"))
-        for kind in SCHEMAS.get(head, {}).values()
+        entry.name == name and bool(entry.metadata.get("operational"))
+        for kind in kinds
+        if is_dataclass(kind)
         for entry in fields(kind)
     )
 

@@ -5,11 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from random import Random
+from typing import Any, Protocol
 
 from darwin_exp import randomness
 from darwin_exp.gates import objection
-from darwin_exp.individual import Edit, Genome, Individual, JobResult, Proposal, Reason
+from darwin_exp.individual import (
+    Edit,
+    Genome,
+    Individual,
+    JobResult,
+    ModelSpec,
+    Proposal,
+    Reason,
+)
 from darwin_exp.journal import Journal
 from darwin_exp.protocols import EditFailed, EditRequest, Mutator
 
@@ -39,21 +48,40 @@ def name_of(generation: int, slot: int) -> str:
     return f"g{generation:02d}-i{slot:02d}"
 
 
+class Smoke(Protocol):
+    """Runs a draft's first few steps."""
+
+    def __call__(self, birth: Birth, genome: Genome, draft: str) -> str | None:
+        """Return why the draft cannot be trained, or None where nothing speaks against it.
+
+        Args:
+            draft: which of the individual's drafts it is; the same in a resumed run.
+        """
+        ...
+
+
 class Drafts:
     """Asks the mutator, applies the gates and records what came of it.
 
     Args:
         seed: the run's; every draft has random numbers of its own.
         reject_duplicates: whether code that was seen before is turned down.
+        smoke: the last gate, and the only one that costs a slot's time; None leaves it out.
     """
 
     def __init__(
-        self, mutator: Mutator, journal: Journal, seed: int, reject_duplicates: bool
+        self,
+        mutator: Mutator,
+        journal: Journal,
+        seed: int,
+        reject_duplicates: bool,
+        smoke: Smoke | None = None,
     ) -> None:
         self._mutator = mutator
         self._journal = journal
         self._seed = seed
         self._reject_duplicates = reject_duplicates
+        self._smoke = smoke
         self._mutex = threading.Lock()
         self._seen: dict[str, str] = {  # code fingerprint -> who had it first
             event.payload["fingerprint"]: event.payload["individual_id"]
@@ -73,22 +101,9 @@ class Drafts:
         Raises:
             EditFailed: none passed.
         """
-
-        def draft_all() -> Proposal:
-            objections: list[str] = []
-            last = (Reason.NOTHING_TO_EDIT, "the mutator made no draft")
-            for draft in range(self._mutator.max_drafts):
-                rng = randomness.stream(self._seed, "edit", birth.generation, birth.slot, draft)
-                asked = replace(request, objections=tuple(objections))
-                proposal = self._mutator.propose(asked, rng)
-                turned_down = self._objection(birth, proposal)
-                if turned_down is None:
-                    return proposal
-                last = turned_down
-                objections.append(last[1])
-            raise EditFailed(*last)
-
-        return self._once(birth, 0, draft_all)
+        return self._once(
+            birth, 0, lambda: self._draft_until_one_passes(birth, request, self._mutator.propose)
+        )
 
     def mend(
         self,
@@ -101,28 +116,106 @@ class Drafts:
         """Return a mended version of a draft that failed in training or scoring.
 
         Raises:
-            EditFailed: the mutator knows no cure, or its cure does not pass the gates.
+            EditFailed: the mutator knows no cure, or its cures do not pass the gates.
         """
 
-        def cure() -> Proposal:
-            rng = randomness.stream(self._seed, "repair", birth.generation, birth.slot, attempt)
-            proposal = self._mutator.repair(request, failed, failure, rng)
-            turned_down = self._objection(birth, proposal)
-            if turned_down is not None:
-                raise EditFailed(*turned_down)
-            return proposal
+        def cure(asked: EditRequest, rng: Random) -> Proposal:
+            return self._mutator.repair(asked, failed, failure, rng)
 
-        return self._once(birth, attempt, cure)
+        asked = replace(request, attempt=attempt)
+        return self._once(
+            birth,
+            attempt,
+            lambda: self._draft_until_one_passes(birth, asked, cure, failed.genome),
+        )
 
-    def _objection(self, birth: Birth, proposal: Proposal) -> tuple[Reason, str] | None:
+    def _draft_until_one_passes(
+        self,
+        birth: Birth,
+        request: EditRequest,
+        draft_one: Callable[[EditRequest, Random], Proposal],
+        failed: Genome | None = None,
+    ) -> Proposal:
+        """Return a draft that passes the gates; each is told why those before were turned down.
+
+        Args:
+            failed: the code that a repair is made of.
+
+        Raises:
+            EditFailed: none passed, or another would be no better.
+        """
+        objections: list[str] = []
+        last = EditFailed(Reason.NOTHING_TO_EDIT, "the mutator made no draft")
+        for draft in range(self._mutator.max_drafts):
+            asked = replace(request, objections=tuple(objections))
+            try:
+                proposal = draft_one(asked, self._stream(birth, request.attempt, draft))
+            except EditFailed as failure:
+                if not failure.again:
+                    raise
+                last = failure
+            else:
+                turned_down = self._verdict(birth, proposal, f"{request.attempt}-{draft}", failed)
+                if turned_down is None:
+                    return proposal
+                last = EditFailed(*turned_down, attempted=proposal)
+            objections.append(str(last))
+        raise last
+
+    def _stream(self, birth: Birth, attempt: int, draft: int) -> Random:
+        if attempt == 0:
+            return randomness.stream(self._seed, "edit", birth.generation, birth.slot, draft)
+        return randomness.stream(self._seed, "repair", birth.generation, birth.slot, attempt, draft)
+
+    def _verdict(
+        self, birth: Birth, proposal: Proposal, draft: str, failed: Genome | None
+    ) -> tuple[Reason, str] | None:
+        """Return why a draft is turned down, or None, as it was found the first time.
+
+        It depends on which of two siblings had the same code first, and what it says may be told
+        to a model: so it is written down before anybody hears of it.
+        """
+
+        def examine() -> tuple[dict[str, Any], dict[str, Any]]:
+            found = self._objection(birth, proposal, failed)
+            return {} if found is None else {"reason": found[0].value, "message": found[1]}, {}
+
+        genome, name = proposal.genome, birth.individual_id
+        told = self._journal.once(
+            "gate",
+            f"{name}/{draft}",
+            examine,
+            given={"individual_id": name, "fingerprint": genome.fingerprint},
+        ).payload
+        if "reason" in told:
+            return Reason(told["reason"]), told["message"]
+        if self._reject_duplicates:
+            self.has_seen(genome, name)
+        if self._smoke is not None and (why := self._smoke(birth, genome, draft)):
+            # Not claimed by code that was never trained: a resumed run would not know of it.
+            with self._mutex:
+                if self._seen.get(genome.fingerprint) == name:
+                    del self._seen[genome.fingerprint]
+            return Reason.SMOKE, why
+        return None
+
+    def _objection(
+        self, birth: Birth, proposal: Proposal, failed: Genome | None
+    ) -> tuple[Reason, str] | None:
         found = objection(proposal.genome, birth.parent.genome)
-        if not self._reject_duplicates:
-            return None if found and found[0] is Reason.NO_OP else found
-        if found is not None:
+        if found is not None and found[0] is Reason.NO_OP and failed is not None:
+            found = (
+                Reason.NO_OP,
+                "that is the parent's code again: mend the rewrite, or try another",
+            )
+        if found is not None and not (found[0] is Reason.NO_OP and not self._reject_duplicates):
             return found
-        first = self.has_seen(proposal.genome, birth.individual_id)
-        if first != birth.individual_id:
-            return Reason.SEEN_BEFORE, f"the same code as {first}"
+        if failed is not None and proposal.genome.fingerprint == failed.fingerprint:
+            return Reason.NO_OP, "a repair that changes nothing but comments, layout or a seed"
+        if self._reject_duplicates:
+            first = self.has_seen(proposal.genome, birth.individual_id)
+            if first != birth.individual_id:
+                return Reason.SEEN_BEFORE, f"the same code as {first}"
         return None
 
     def _once(self, birth: Birth, attempt: int, draft: Callable[[], Proposal]) -> Proposal:
@@ -133,7 +226,11 @@ class Drafts:
             try:
                 return _payload(draft(), parent.genome), {}
             except EditFailed as failure:
-                return {"reason": failure.reason.value, "message": str(failure)}, {}
+                message = str(failure).partition("\n")[0]  # without a traceback
+                told: dict[str, Any] = {"reason": failure.reason.value, "message": message}
+                if failure.attempted is not None:
+                    told["attempted"] = _payload(failure.attempted, parent.genome)
+                return told, {}
 
         event = self._journal.once(
             "proposal",
@@ -148,7 +245,12 @@ class Drafts:
             },
         )
         if "reason" in event.payload:
-            raise EditFailed(Reason(event.payload["reason"]), event.payload["message"])
+            attempted = event.payload.get("attempted")
+            raise EditFailed(
+                Reason(event.payload["reason"]),
+                event.payload["message"],
+                attempted=attempted and _proposal_from(attempted, parent.genome),
+            )
         return _proposal_from(event.payload, parent.genome)
 
 
@@ -164,6 +266,8 @@ def _payload(proposal: Proposal, parent: Genome) -> dict[str, Any]:
         "n_new": proposal.n_new,
         "summary": proposal.summary,
         "expected_effect": proposal.expected_effect,
+        "model": None if proposal.model is None else asdict(proposal.model),
+        "requests": [dict(request) for request in proposal.requests],
     }
 
 
@@ -174,4 +278,6 @@ def _proposal_from(payload: Mapping[str, Any], parent: Genome) -> Proposal:
         n_new=payload["n_new"],
         summary=payload["summary"],
         expected_effect=payload["expected_effect"],
+        model=ModelSpec(**payload["model"]) if payload.get("model") else None,
+        requests=tuple(payload.get("requests", ())),
     )

@@ -22,6 +22,7 @@ from darwin_exp.archive import Archive
 from darwin_exp.closing import Closing
 from darwin_exp.drafts import Birth, Drafts, name_of
 from darwin_exp.fitness import Fitness
+from darwin_exp.gates import smoke_objection
 from darwin_exp.individual import (
     Genome,
     Individual,
@@ -32,16 +33,14 @@ from darwin_exp.individual import (
     Status,
 )
 from darwin_exp.journal import Journal
-from darwin_exp.protocols import EditFailed, EditRequest, Memory, Mutator, Selector
+from darwin_exp.protocols import EditFailed, EditRequest, Memory, Mutator, Selector, Stopped
 from darwin_exp.trials import Trial, Trials
+
+SMOKE_SECONDS = 120.0  # for a few steps, and for compiling before them
 
 
 class BaseFailed(Exception):
     """The base genome could not be trained and scored, so nothing can be compared with it."""
-
-
-class Stopped(Exception):
-    """A cap ended the run before its last generation; it can be resumed."""
 
 
 class Watch(Protocol):
@@ -69,6 +68,7 @@ class Plan:
     pair_with_peers: bool
     crossover_probability: float
     max_repairs: int
+    smoke_steps: int
     n_base_repeats: int
     n_claim_seeds: int
     n_equal_steps: int
@@ -127,12 +127,19 @@ class _Lives:
 
     def __init__(self, plan: Plan, parts: Parts) -> None:
         self.plan, self.parts = plan, parts
-        self.drafts = Drafts(parts.mutator, parts.journal, plan.seed, plan.reject_duplicates)
+        self.drafts = Drafts(
+            parts.mutator,
+            parts.journal,
+            plan.seed,
+            plan.reject_duplicates,
+            self._smoke if plan.smoke_steps else None,
+        )
         self.archive = Archive(
             parts.journal, parts.memory, parts.fitness, parts.run_folder, plan.keep_all_checkpoints
         )
         self._began = time.monotonic()
         self._n_born = 0
+        self._n_bases_at_once = min(parts.n_slots, plan.n_base_repeats)
 
     # --- the base, and those who fill the first population ---------------------------------------
 
@@ -142,7 +149,14 @@ class _Lives:
         self.parts.watch.generation_started(0, self.plan.n_generations)
         self.drafts.has_seen(genome, name)
         self.archive.leave_code(name, genome, genome)
-        result = self._trial(name, f"{name}/0", Purpose.BASE_REPEAT, genome)
+        places = ["", *(f"{name}/beside-{k}" for k in range(1, self._n_bases_at_once))]
+        # Others of it take the slots beside it, so that it meets the load that all later ones meet.
+        result, *beside = self.at_once(
+            lambda place=place: self._trial(  # type: ignore[misc]
+                name, place or f"{name}/0", Purpose.BASE_REPEAT, genome, place
+            )
+            for place in places
+        )
         if result.outcome.status is not Status.OK:
             tail = "\n".join(result.training.log_tail.splitlines()[-12:])
             raise BaseFailed(
@@ -157,6 +171,8 @@ class _Lives:
             )
         self._finish(base, result)
         self.archive.found(base)
+        for again in beside:
+            self.archive.repeat_of_base(self.archive.judged(base, again, attempts=1))
         return base
 
     def fill(self, base: Individual) -> list[Individual]:
@@ -199,7 +215,7 @@ class _Lives:
             for birth in births
         ]
         # In the middle, so that the base meets the same load as those it is compared with.
-        repeat = births[0].generation + 1
+        repeat = births[0].generation + self._n_bases_at_once
         if repeat < self.plan.n_base_repeats:
             lives.insert(len(lives) // 2, lambda: self._repeat_base(repeat))
         return [individual for individual in self.at_once(lives) if individual is not None]
@@ -208,7 +224,15 @@ class _Lives:
         """Lead one individual through its life: edit, train and score; mend, train again."""
         lessons = self.parts.memory.recall(birth.parent, birth.editor)
         request = EditRequest(
-            birth.parent, birth.editor, birth.mate, lessons, ordinal=birth.ordinal
+            birth.parent,
+            birth.editor,
+            birth.mate,
+            lessons,
+            ordinal=birth.ordinal,
+            individual_id=birth.individual_id,
+            generation=birth.generation,
+            base=self.archive.base,
+            noise=self.archive.noise_sd,
         )
         try:
             proposal = self.drafts.propose(birth, request)
@@ -236,7 +260,8 @@ class _Lives:
 
     def has_begun(self, generation: int) -> bool:
         """Tell whether the journal holds anything of a generation."""
-        return self.parts.journal.find("proposal", f"{name_of(generation, 0)}/0") is not None
+        prefix = name_of(generation, 0).partition("-")[0] + "-"
+        return any(event.key.startswith(prefix) for event in self.parts.journal.of_kind("gate"))
 
     def are_stagnant(self) -> bool:
         """Tell whether the best has stood still for as many generations as the plan bears."""
@@ -300,6 +325,21 @@ class _Lives:
         self.archive.leave_code(name, proposal.genome, birth.parent.genome)
         return self._trial(name, f"{name}/{attempt}", Purpose.SEARCH, proposal.genome)
 
+    def _smoke(self, birth: Birth, genome: Genome, draft: str) -> str | None:
+        """Train a draft for a few steps; return why it fails them, or None."""
+        name = birth.individual_id
+        trial = Trial(
+            f"{name}/smoke-{draft}",
+            name,
+            Purpose.SMOKE,
+            genome,
+            split=None,
+            folder=f"individuals/{name}/smoke",
+            max_steps=self.plan.smoke_steps,
+            most_seconds=SMOKE_SECONDS,
+        )
+        return smoke_objection(self.parts.trials.run(trial))
+
     def _trial(
         self, individual_id: str, name: str, purpose: Purpose, genome: Genome, place: str = ""
     ) -> JobResult:
@@ -344,6 +384,7 @@ def _child(birth: Birth, proposal: Proposal) -> Individual:
         edits=proposal.edits,
         n_new_edits=proposal.n_new,
         summary=proposal.summary,
+        model=proposal.model,
     )
 
 
@@ -352,8 +393,11 @@ def _stillborn(birth: Birth, failure: EditFailed) -> Individual:
     parent = birth.parent
     duplicate = failure.reason in (Reason.SEEN_BEFORE, Reason.NO_OP)
     told = "no new edit was found" if duplicate else "the edit was refused"
+    tried = Proposal(parent.genome, parent.edits, 0, told)
+    if failure.attempted is not None and not duplicate:
+        tried = replace(failure.attempted, genome=parent.genome)  # for others to learn from
     return replace(
-        _child(birth, Proposal(parent.genome, parent.edits, 0, told)),
+        _child(birth, tried),
         status=Status.DUPLICATE if duplicate else Status.INVALID,
         reason=failure.reason,
         message=str(failure),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
+import sys
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 
 from darwin_exp.genome import parse_python
-from darwin_exp.individual import Genome, Reason
+from darwin_exp.individual import Genome, JobResult, Reason, Status
 
 # Text and numbers that a rewrite may bring along. Knowledge of the data does not belong into code:
 # a table of which letter follows which would fit into a few thousand bytes and beat the base.
@@ -15,6 +17,14 @@ MAX_LITERAL_BYTES = 2_000
 MAX_COLLECTION = 256  # constants in one list, tuple, set or dictionary
 MAX_LITERALS_BYTES = 16_000  # of all literals together
 MAX_SOURCE_BYTES = 200_000
+# What training code may import (CONTRACT.md): the standard library but for what reaches out of the
+# process, and these. It turns down the careless early; it is the sandbox that contains the others.
+INSTALLED = frozenset({"torch", "numpy", "safetensors", "triton"})
+REACHING_OUT = frozenset(
+    {"asyncio", "ctypes", "ftplib", "http", "multiprocessing", "pty", "smtplib", "socket"}
+    | {"socketserver", "ssl", "subprocess", "telnetlib", "urllib", "webbrowser", "xmlrpc"}
+)
+TRACEBACK_LINES = 30
 
 
 def objection(genome: Genome, parent: Genome) -> tuple[Reason, str] | None:
@@ -35,11 +45,57 @@ def objection(genome: Genome, parent: Genome) -> tuple[Reason, str] | None:
     for needed in ("train.py", "model.py"):
         if needed not in genome.as_dict:
             return Reason.CONTRACT, f"{needed} is gone (see CONTRACT.md)"
+    if foreign := _foreign_import(genome, parent):
+        return Reason.FORBIDDEN_IMPORT, foreign
     if hidden := _hidden_data(genome, parent):
         return Reason.HIDDEN_DATA, hidden
     if genome.fingerprint == parent.fingerprint:
         return Reason.NO_OP, "nothing changed but comments, layout or a seed"
     return None
+
+
+def smoke_objection(result: JobResult) -> str | None:
+    """Return why code that was trained for a few steps had better not get a budget, or None.
+
+    What we lost ourselves speaks against nobody. The end of what the code printed is quoted line
+    by line, since it is no word of ours.
+    """
+    training = result.training
+    if training.status is Status.OK and training.stopped_at_budget:
+        return "it does not stop after max_steps of the job file, or a step takes far too long"
+    if training.status in (Status.OK, Status.INFRA_LOST):
+        return None
+    told = f"its first steps ended as {training.status.value} ({training.reason.value})"
+    if training.message:
+        told += f": {' '.join(training.message.split())}"
+    tail = training.log_tail.splitlines()[-TRACEBACK_LINES:]
+    return "\n".join([told, *(f"| {line[:200]}" for line in tail)])
+
+
+def _foreign_import(genome: Genome, parent: Genome) -> str | None:
+    """Return which import of a rewrite its parent has not and training code has no need of."""
+    known = {name for path, text in parent.files if path.endswith(".py") for name in _imports(text)}
+    own = {PurePosixPath(path).parts[0].removesuffix(".py") for path, _ in genome.files}
+    for path, text in genome.files:
+        if not path.endswith(".py"):
+            continue
+        for name in sorted(_imports(text) - known - own):
+            if name in REACHING_OUT:
+                return f"{path} imports {name}; training code has no need of it"
+            if name not in INSTALLED and name not in sys.stdlib_module_names:
+                return f"{path} imports {name}, which is not installed (see CONTRACT.md)"
+    return None
+
+
+def _imports(text: str) -> set[str]:
+    """Return the top-level names of the modules that a source imports."""
+    found: set[str] = set()
+    for node in _nodes(text):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found
 
 
 def _hidden_data(genome: Genome, parent: Genome) -> str | None:

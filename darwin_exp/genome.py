@@ -210,7 +210,10 @@ def parse_python(text: str) -> ast.Module:
         SyntaxError, ValueError, RecursionError: it is no Python, or nested too deeply.
     """
     with _PARSING:
-        return ast.parse(text)
+        try:
+            return ast.parse(text)
+        except MemoryError as error:  # what the parser says of some that are nested too deeply
+            raise RecursionError("it is nested too deeply") from error
 
 
 def _normalised(path: str, text: str) -> str:

@@ -40,8 +40,13 @@ class Reason(Enum):
     NO_OP = "no_op"
     SEEN_BEFORE = "seen_before"
     FORBIDDEN_PATH = "forbidden_path"
+    FORBIDDEN_IMPORT = "forbidden_import"  # of a module that training code has no need of
     HIDDEN_DATA = "hidden_data"  # more literal data than code needs: weights or text, perhaps
     NOTHING_TO_EDIT = "nothing_to_edit"
+    MALFORMED = "malformed"  # a model's answer that could not be read
+    TRUNCATED = "truncated"  # a model's answer that was cut off, of which nothing is used
+    REFUSED = "refused"  # a model would not answer, or answered nothing
+    SMOKE = "smoke"  # failed its first few steps, before a budget was spent on it
     # training
     EXCEPTION = "exception"
     SIGNAL = "signal"
@@ -61,6 +66,23 @@ class Reason(Enum):
     START_UP = "start_up"
     CONTENTION = "contention"
     INFRASTRUCTURE = "infrastructure"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A language model that an agent owns, as part of what it is: its offspring inherit it.
+
+    Attributes:
+        name: as the endpoint knows it.
+        base_url: of an OpenAI-compatible endpoint, such as "http://127.0.0.1:8000/v1".
+        temperature: of its sampling; None leaves that to the endpoint.
+        key_env: name of the environment variable that holds the endpoint's key. Never the key.
+    """
+
+    name: str
+    base_url: str
+    temperature: float | None = None
+    key_env: str = "OPENAI_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -90,6 +112,8 @@ class Proposal:
         n_new: how many of them (the last ones) this proposal added to its parent.
         summary: one line for memory and for the table of individuals.
         expected_effect: what the editor hoped for, in words; empty when it did not say.
+        model: the language model that the child owns; None where agents own none.
+        requests: what the editor asks people for, each with "type", "reason" and "content".
     """
 
     genome: Genome
@@ -97,6 +121,8 @@ class Proposal:
     n_new: int
     summary: str
     expected_effect: str = ""
+    model: ModelSpec | None = None
+    requests: tuple[Mapping[str, str], ...] = ()
 
     @property
     def new_edits(self) -> tuple[Edit, ...]:
@@ -111,6 +137,7 @@ class Purpose(Enum):
     CLAIM = "claim"  # scored on test, under the run's own clock or steps
     EQUAL_STEPS = "equal_steps"  # scored on test, after as many steps as the other side's
     RETIME = "retime"  # for its rate; where it is scored too, for what its model allows
+    SMOKE = "smoke"  # a few steps, never scored, before a rewrite gets its budget
 
 
 @dataclass(frozen=True)
@@ -330,6 +357,7 @@ class Individual:
         edits: the edits that lead from the base genome to this one.
         attempts: trainings it took, repairs included (contended repeats are not counted).
         fitness: higher is better; None where unknown.
+        model: the language model that it edits others with; None where agents own none.
     """
 
     individual_id: str
@@ -350,6 +378,7 @@ class Individual:
     attempts: int = 0
     repaired: bool = False
     contended: bool = False
+    model: ModelSpec | None = None
 
     @property
     def is_ok(self) -> bool:

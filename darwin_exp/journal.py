@@ -18,7 +18,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ from typing import Any
 from darwin_exp.protocols import Event
 
 FILE_NAME = "journal.sqlite"
-# What tells of processes and of measured times, not of the evolution's course.
-INCOMPARABLE_KINDS = frozenset({"session", "end", "timing", "retimed"})
+# What tells of processes, of measured times and of tries, not of the evolution's course.
+INCOMPARABLE_KINDS = frozenset(
+    {"session", "end", "timing", "retimed", "llm_reserved", "llm_failed"}
+)
 _NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "glusterfs", "beegfs"}
 )
@@ -69,6 +71,7 @@ class Journal:
             self._lock_file.close()
             raise
         self._by_key = {(event.kind, event.key): event for event in self._events}
+        self._precedents: dict[tuple[str, str], Event] = {}
         self._last_hash = _chain(self._events)
 
     def append(
@@ -142,17 +145,32 @@ class Journal:
             Divergence: the recorded event started from something else.
         """
         recorded = self.find(kind, key)
+        given = _plain(given or {})
         if recorded is None:
+            precedent = self._precedents.get((kind, key))
+            if precedent is not None:
+                self._refuse_another_start(precedent, given)
+                return self.append(kind, key, precedent.payload, precedent.measured)
             payload, measured = compute()
-            return self.append(kind, key, {**(given or {}), **payload}, measured)
-        for name, value in _plain(given or {}).items():
+            return self.append(kind, key, {**given, **payload}, measured)
+        self._refuse_another_start(recorded, given)
+        return recorded
+
+    def _refuse_another_start(self, recorded: Event, given: Mapping[str, Any]) -> None:
+        for name, value in given.items():
             if recorded.payload.get(name) != value:
                 raise Divergence(
-                    f"{self.path}: event {recorded.sequence} ({kind} {key}) was recorded with "
-                    f"{name}={recorded.payload.get(name)!r}, and this run comes to {value!r}; "
-                    "code, data or configuration have changed since: start a new run"
+                    f"{self.path}: event {recorded.sequence} ({recorded.kind} {recorded.key}) was "
+                    f"recorded with {name}={recorded.payload.get(name)!r}, and this run comes to "
+                    f"{value!r}; code, data or configuration have changed since: start a new run"
                 )
-        return recorded
+
+    def heed(self, precedents: Iterable[Event]) -> None:
+        """Let `once` decide as another run did, wherever these events tell how.
+
+        What two slots found out at the same time would otherwise be found out in another order.
+        """
+        self._precedents.update(((event.kind, event.key), event) for event in precedents)
 
     def of_kind(self, kind: str) -> list[Event]:
         """Return every event of one kind, in order."""

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from darwin_exp import execution, schema
+from darwin_exp import execution, model_access, schema
 from darwin_exp.config import PROJECT, ConfigError
 from darwin_exp.containment import assign_gpus, choose_sandbox, environment_of, sandbox_spec
 from darwin_exp.evolution import Plan
@@ -49,6 +49,9 @@ from darwin_exp.schema import DarwinConfig
 from darwin_exp.selection import NSGA2, RandomSelection, Roulette, Tournament, Truncation
 from data import DataError, DatasetRequest, DataUnavailable, prepare, read_meta, verify
 
+if TYPE_CHECKING:
+    from darwin_exp.llm import Recording
+
 Announce = Callable[[str], None]
 CONTEXT_WARM_UP = "context warm-up"  # what an edit is about, as mutator.without takes it
 MOST_SLOTS_BY_DEFAULT = 2
@@ -67,15 +70,16 @@ class Workshop:
         config: as it will run: fallbacks and automatic choices are filled in.
         environment: what scores depend on beside the genome.
         image: name of the containers' image; the environment holds its id.
+        recording: what is replayed instead of asking models and training; None in a live run.
     """
 
     config: DarwinConfig
     base: Genome
     data: DataSpec
-    mutator: Mutator
     slots: list[tuple[int, ...]]
     environment: dict[str, Any]
     image: str | None = None
+    recording: Recording | None = None
 
     @property
     def environment_id(self) -> str:
@@ -85,7 +89,11 @@ class Workshop:
 
 
 def prepare_workshop(
-    config: DarwinConfig, announce: Announce, base: Genome | None = None, may_fall_back: bool = True
+    config: DarwinConfig,
+    announce: Announce,
+    base: Genome | None = None,
+    may_fall_back: bool = True,
+    is_foreign: bool = False,
 ) -> Workshop:
     """Check everything that a run needs before it begins.
 
@@ -93,6 +101,8 @@ def prepare_workshop(
         base: the recorded base genome of a resumed run; None reads genome.dir.
         may_fall_back: whether another data set or sandbox may stand in, loudly. Never on resume
             or in a sweep, where it would mix what cannot be compared.
+        is_foreign: whether the code that will be trained is somebody else's, whatever mutator the
+            configuration names.
 
     Raises:
         ConfigError: names the key or file, and the cure.
@@ -100,7 +110,9 @@ def prepare_workshop(
     _check_folders(config)
     _anchor_paths(config)
     _leave_out_what_bends_mfu(config)
-    mutator = build_mutator(config.mutator)
+    recording = model_access.recording_of(config, folder(config.paths.runs))
+    asks_models = isinstance(config.mutator, schema.OpenaiConfig)
+    trusted = not asks_models and build_mutator(config.mutator).trusted
     build_selector(config.selection)
     build_fitness(config.fitness)
     config.workers = assign_gpus(config.sandbox, config.workers)
@@ -113,10 +125,14 @@ def prepare_workshop(
         slots = execution.slots(config.workers, config.sandbox.threads)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    image = choose_sandbox(config.sandbox, announce, mutator.trusted, may_fall_back)
+    # Whatever is only replayed runs no code of anybody.
+    is_harmless = not is_foreign and (trusted or recording is not None)
+    image = choose_sandbox(config.sandbox, announce, is_harmless, may_fall_back)
     genome = base or base_genome(config, announce)
     data = _prepare_data(config, announce, may_fall_back)
-    return Workshop(config, genome, data, mutator, slots, _environment(config, data), image)
+    n_requested = build_plan(config, data).n_requested
+    model_access.check(config, n_requested, genome, announce, is_new=base is None)
+    return Workshop(config, genome, data, slots, _environment(config, data), image, recording)
 
 
 def base_genome(config: DarwinConfig, announce: Announce) -> Genome:
@@ -144,13 +160,14 @@ def base_genome(config: DarwinConfig, announce: Announce) -> Genome:
 
 
 def build_mutator(chosen: schema.MutatorConfig) -> Mutator:
-    """Make the mutator that was chosen.
+    """Make the mutator that was chosen, among those that ask nobody.
 
     Raises:
         ConfigError: its settings or its file do not fit.
     """
     from darwin_exp.mutation import NoMutation, Operators, Scripted
 
+    assert not isinstance(chosen, schema.OpenaiConfig)  # see model_access.build_mutator
     if isinstance(chosen, schema.OperatorsConfig):
         fewest, most = chosen.edits_per_child
         try:
@@ -218,6 +235,10 @@ def build_memory(config: DarwinConfig, run_id: str, journal: Journal) -> Memory:
 def build_executor(workshop: Workshop, watch: Callable[[int, str], None]) -> Executor:
     """Make the executor that was chosen, with its slots."""
     config = workshop.config
+    if workshop.recording is not None:
+        from darwin_exp.llm import ReplayExecutor
+
+        return ReplayExecutor(workshop.recording, len(workshop.slots))
     spec = build_specs(config, None)[2]
     # Held-out text, other runs and their keys are hidden from candidates where the sandbox can.
     hidden = tuple(folder(p) for p in (config.paths.data, config.paths.runs, config.paths.memory))
@@ -245,6 +266,7 @@ def build_plan(config: DarwinConfig, data: DataSpec) -> Plan:
             crossover.probability if isinstance(crossover, schema.MergeConfig) else 0.0
         ),
         max_repairs=config.repair.max_attempts,
+        smoke_steps=getattr(config.mutator, "smoke_steps", 0),
         n_base_repeats=config.base.n_repeats,
         n_claim_seeds=config.promotion.n_seeds,
         n_equal_steps=config.promotion.n_equal_steps,

@@ -21,6 +21,7 @@ from darwin_exp.individual import (
     Individual,
     Job,
     JobResult,
+    ModelSpec,
     Proposal,
     Reason,
     Status,
@@ -29,11 +30,24 @@ from darwin_exp.individual import (
 
 
 class EditFailed(Exception):
-    """A mutator had nothing to offer, or its edit did not apply."""
+    """A mutator had nothing to offer, or its edit did not apply.
 
-    def __init__(self, reason: Reason, message: str) -> None:
+    Args:
+        again: whether a draft that is told of this may do better.
+        attempted: the rewrite that was turned down, where there was one.
+    """
+
+    def __init__(
+        self,
+        reason: Reason,
+        message: str,
+        again: bool = False,
+        attempted: Proposal | None = None,
+    ) -> None:
         super().__init__(message)
         self.reason = reason
+        self.again = again
+        self.attempted = attempted
 
 
 class InfrastructureFailure(Exception):
@@ -46,6 +60,14 @@ class SandboxUnavailable(Exception):
 
 class Interrupted(Exception):
     """The run was asked to stop; whatever was under way was not recorded."""
+
+
+class Stopped(Exception):
+    """A cap ended the run before its last generation; it can be resumed."""
+
+
+class ModelsUnavailable(Exception):
+    """The language models asked for cannot be used; the message says what would mend it."""
 
 
 # --- mutation ---------------------------------------------------------------------------------
@@ -82,8 +104,13 @@ class EditRequest:
         editor: whose knowledge edits it.
         mate: second parent of a crossover, or None.
         lessons: what the editor's memory offers; empty when memory is off.
-        objections: why earlier drafts for this same individual were turned down.
+        objections: why earlier drafts for this same individual and attempt were turned down.
         ordinal: how many individuals were requested before this one.
+        individual_id: whom the rewrite is for.
+        generation: of that individual.
+        attempt: 0 for the first training, 1 for the first repair, and so on.
+        base: what everything is compared with; None before it was measured.
+        noise: standard deviation of the base's repeated fitness; None until it is known.
     """
 
     parent: Individual
@@ -92,6 +119,11 @@ class EditRequest:
     lessons: tuple[Lesson, ...] = ()
     objections: tuple[str, ...] = ()
     ordinal: int = 0
+    individual_id: str = ""
+    generation: int = 0
+    attempt: int = 0
+    base: Individual | None = None
+    noise: float | None = None
 
 
 class Mutator(Protocol):
@@ -122,6 +154,80 @@ class Mutator(Protocol):
 
         Raises:
             EditFailed: it knows no cure.
+        """
+        ...
+
+
+# --- language models --------------------------------------------------------------------------
+
+
+class Finish(Enum):
+    """How a language model's answer ended."""
+
+    COMPLETE = "complete"
+    LENGTH = "length"  # cut off at the most tokens that it may have: nothing of it is used
+    REFUSED = "refused"  # a refusal, a content filter, or nothing at all
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation: its role ("system", "user" or "assistant") and its text."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Query:
+    """One question to a language model, known by its key: it is paid for once.
+
+    Attributes:
+        key: unique within a run and the same in a resumed one, such as "g01-i03/0/1": the
+            individual, the attempt (0, or the number of a repair) and the call within it.
+        purpose: "draft" or "repair".
+        schema: JSON schema that the answer keeps, with a "title"; None for free text.
+        max_tokens: longest answer.
+    """
+
+    key: str
+    individual_id: str
+    purpose: str
+    model: ModelSpec
+    messages: tuple[Message, ...]
+    schema: Mapping[str, Any] | None
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a language model answered.
+
+    Attributes:
+        usd: what it cost; None where its price is not known.
+    """
+
+    text: str
+    finish: Finish
+    tokens_in: int
+    tokens_out: int
+    usd: float | None = None
+
+
+class LanguageModels(Protocol):
+    """Asks language models, each question once: the answer is remembered before it is used."""
+
+    def choose(self, request: EditRequest) -> ModelSpec:
+        """Return the model that makes this edit, the same whenever it is asked again."""
+        ...
+
+    def ask(self, query: Query) -> Reply:
+        """Return the answer, from memory where the question was answered before.
+
+        Raises:
+            Stopped: a cap on money, tokens or calls is reached, or the endpoint is down and the
+                run shall not wait for it.
+            ModelsUnavailable: no key, a wrong one, no such model, no such endpoint.
+            Interrupted: the run is stopping.
         """
         ...
 
@@ -190,7 +296,11 @@ class Exit:
 
 
 class Sandboxed(Protocol):
-    """One started group of processes. Leaves nothing behind once `close` has returned."""
+    """One started group of processes, none of which runs once `close` has returned.
+
+    What a sandbox then still has to put away, it has put away before the next group is used, or it
+    is closed itself.
+    """
 
     startup_seconds: float  # launch to ready signal
     ready_at: float  # time.monotonic() of the ready signal

@@ -13,7 +13,7 @@ import os
 import secrets
 import signal
 import socket
-import time
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,30 +21,38 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from darwin_exp import model_access
 from darwin_exp import parts as workshop_of
 from darwin_exp import summary as summaries
 from darwin_exp.champion import leave_champion
 from darwin_exp.chronicle import Chronicle
 from darwin_exp.config import (
     ConfigError,
-    as_yaml,
     from_yaml,
+    is_operational,
     leaves,
     refuse_changed_score,
 )
 from darwin_exp.display import Watch
-from darwin_exp.evolution import BaseFailed, Parts, Stopped, evolve
+from darwin_exp.evolution import BaseFailed, Parts, evolve
 from darwin_exp.individual import Genome
-from darwin_exp.journal import Journal, JournalError
+from darwin_exp.journal import Divergence, Journal, JournalError
 from darwin_exp.parts import Workshop, folder
-from darwin_exp.protocols import Event, Interrupted, Tracker
+from darwin_exp.protocols import Event, Interrupted, ModelsUnavailable, Mutator, Stopped, Tracker
 from darwin_exp.report import write_from
-from darwin_exp.schema import DarwinConfig, Scope
+from darwin_exp.run_folder import (
+    find_run,
+    journal_of,
+    new_folder,
+    point_latest_to,
+    write_config,
+    write_whole,
+)
+from darwin_exp.schema import DarwinConfig, OpenaiConfig, Scope
 from darwin_exp.sweep import Overrides, enlist
 from darwin_exp.tracking import MlflowTracker, NullTracker, store_of
 from darwin_exp.trials import Bench, Broken, Trials
 
-LATEST = "latest"
 READY_SECONDS = 60.0  # MLflow's first start makes its tables; training waits for it to be quiet
 HURRIED_SECONDS = 10.0
 
@@ -90,10 +98,10 @@ def run(config: DarwinConfig, command: Command, watch: Watch) -> int:
             "memory.scope=population"
         )
     workshop = workshop_of.prepare_workshop(config, watch.note, may_fall_back=not in_sweep)
-    run_folder = _new_folder(folder(config.paths.runs))
-    with _journal_of(run_folder) as journal:
-        _write_config(run_folder, config)
-        _point_latest_to(run_folder)
+    run_folder = new_folder(folder(config.paths.runs))
+    with journal_of(run_folder) as journal:
+        write_config(run_folder, config)
+        point_latest_to(run_folder)
         if command.sweep_folder is not None:
             enlist(command.sweep_folder, run_folder, command.text, command.job)
         return _Session(workshop, run_folder, journal, command, watch).work()
@@ -106,30 +114,15 @@ def _resume(config: DarwinConfig, command: Command, watch: Watch) -> int:
     wanted = from_yaml(run_folder / "config.yaml", overrides, command.chosen or {})
     refuse_changed_score(recorded, wanted)
     wanted.resume = None
-    with _journal_of(run_folder) as journal:
+    with journal_of(run_folder) as journal:
         begun = journal.find("run", "run")
         base = None if begun is None else Genome.of(begun.payload["files"])
         workshop = workshop_of.prepare_workshop(wanted, watch.note, base, may_fall_back=False)
         if begun is not None:
             _refuse_other_environment(run_folder, begun, workshop)
         _refuse_shorter(wanted, journal)
-        _write_config(run_folder, wanted)
+        write_config(run_folder, wanted)
         return _Session(workshop, run_folder, journal, command, watch).work()
-
-
-def find_run(runs: Path, name: str) -> Path:
-    """Return the folder of a run by its id, or of the newest one started.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    candidate = runs / name
-    if candidate.is_dir() and (candidate / "config.yaml").is_file():
-        return candidate.resolve()
-    known = sorted((path.parent.name for path in runs.glob("*/config.yaml")), reverse=True)
-    others = [one for one in known if one != LATEST]
-    hint = f"the newest are {', '.join(others[:3])}" if others else "there are none yet"
-    raise ConfigError(f"resume={name}: no such run in {runs}; {hint}")
 
 
 def _operational(overrides: Sequence[str], recorded: DarwinConfig) -> list[str]:
@@ -144,7 +137,7 @@ def _operational(overrides: Sequence[str], recorded: DarwinConfig) -> list[str]:
             raise ConfigError(
                 f"{override}: a resumed run keeps its recipe; resume takes key=value only"
             )
-        if key in known:
+        if key in known or is_operational(key):
             kept.append(override)
     return kept
 
@@ -175,41 +168,6 @@ def _refuse_shorter(wanted: DarwinConfig, journal: Journal) -> None:
             f"n_generations={wanted.n_generations}: generation {max(begun)} has begun; choose "
             f"n_generations={max(begun)} or more"
         )
-
-
-def _new_folder(runs: Path) -> Path:
-    stamp = time.strftime("%y%m%d-%H%M")  # MLflow's tables show the first 16 characters
-    while True:
-        fresh = runs / f"{stamp}-{secrets.token_hex(2)}"
-        try:
-            fresh.mkdir(parents=True)
-            fresh.chmod(0o700)  # where candidates cannot be given a view of their own
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise ConfigError(f"paths.runs: {fresh}: {error.strerror}") from error
-        return fresh
-
-
-def _point_latest_to(run_folder: Path) -> None:
-    link = run_folder.parent / LATEST
-    fresh = run_folder.parent / f".{LATEST}-{os.getpid()}"
-    with suppress(OSError):
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(run_folder.name)
-        fresh.replace(link)
-
-
-@contextmanager
-def _journal_of(run_folder: Path) -> Iterator[Journal]:
-    try:
-        journal = Journal(run_folder)
-    except JournalError as error:
-        raise ConfigError(str(error)) from error
-    try:
-        yield journal
-    finally:
-        journal.close()
 
 
 class _Session:
@@ -244,6 +202,8 @@ class _Session:
                 status = self._evolve(tracker)
             except (KeyboardInterrupt, Interrupted):
                 status = summaries.INTERRUPTED
+            except Divergence as failure:
+                self.message = str(failure)
             except (JournalError, OSError) as failure:
                 self.message = f"{failure}; then go on with resume={self.run_folder.name}"
             except Exception:
@@ -272,7 +232,7 @@ class _Session:
         )
         begun = self.journal.find("run", "run")
         peak = begun.measured["peak_flops"] if begun else None
-        if begun is None:
+        if begun is None and self.workshop.recording is None:
             peak = workshop_of.measure_peak(self.workshop, self.watch.note)
         key = self.config.integrity.key or secrets.token_hex(32)
         workshop = self.workshop
@@ -316,6 +276,8 @@ class _Session:
 
     def _evolve(self, tracker: Tracker) -> str:
         config, workshop = self.config, self.workshop
+        if workshop.recording is not None:
+            self.journal.heed(workshop.recording.decisions)
         peak = self.run_event.measured["peak_flops"]
         training, evaluation, box = workshop_of.build_specs(config, peak)
         bench = Bench(
@@ -329,25 +291,26 @@ class _Session:
         )
         memory = workshop_of.build_memory(config, self.run_folder.name, self.journal)
         executor = workshop_of.build_executor(workshop, self.watch.slot)
-        parts = Parts(
-            mutator=workshop.mutator,
-            selector=workshop_of.build_selector(config.selection),
-            fitness=workshop_of.build_fitness(config.fitness),
-            memory=memory,
-            trials=Trials(bench, executor, self.journal),
-            journal=self.journal,
-            watch=self.watch,
-            n_slots=executor.n_slots,
-            run_folder=self.run_folder,
-        )
+        trials = Trials(bench, executor, self.journal)
         try:
+            parts = Parts(
+                mutator=self._mutator(trials.stopping),
+                selector=workshop_of.build_selector(config.selection),
+                fitness=workshop_of.build_fitness(config.fitness),
+                memory=memory,
+                trials=trials,
+                journal=self.journal,
+                watch=self.watch,
+                n_slots=executor.n_slots,
+                run_folder=self.run_folder,
+            )
             tracker.ready(READY_SECONDS)  # the sandboxes warm up meanwhile
             evolve(workshop.base, self.plan, parts)
             return summaries.FINISHED
         except Stopped as cap:
             self.watch.note(f"stopped: {cap}")
             return summaries.STOPPED
-        except Broken as failure:
+        except (Broken, ModelsUnavailable) as failure:
             self.message = f"{failure}. Mend that, then go on with resume={self.run_folder.name}"
             return summaries.FAILED
         except BaseFailed as failure:
@@ -355,9 +318,24 @@ class _Session:
             return summaries.FAILED
         finally:
             with _uninterrupted(self._held_off):
-                executor.close(cancel=True)
+                trials.stop()  # whoever still waits for a model waits no longer
             for problem in memory.problems:
                 self.watch.note(f"memory: {problem}")
+
+    def _mutator(self, stopping: threading.Event) -> Mutator:
+        config, workshop = self.config, self.workshop
+        if not isinstance(config.mutator, OpenaiConfig):
+            return workshop_of.build_mutator(config.mutator)
+        return model_access.build_mutator(
+            config,
+            workshop.data,
+            workshop.environment["machine"],
+            self.journal,
+            stopping,
+            self.watch.note,
+            workshop.recording,
+            folder(config.paths.data),
+        )
 
     def _end(self, status: str, tracker: Tracker) -> dict[str, Any]:
         """Leave champion and summary, tell the journal how it ended, and let MLflow catch up."""
@@ -391,12 +369,16 @@ class _Session:
 
     def _write_summary(self, summary: Mapping[str, Any]) -> None:
         with suppress(OSError):
-            _write(self.run_folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            write_whole(self.run_folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def _leave_products(
         self, events: Sequence[Event], summary: Mapping[str, Any], status: str
     ) -> None:
         """Write champion and report: both can be made again from the journal, whatever happens."""
+        try:
+            model_access.keep_recording(self.config, events)
+        except OSError as failure:
+            self.watch.note(f"llm.recording: {failure.strerror}: {failure.filename}")
         chronicle = Chronicle.of(events)
         training, _, _ = workshop_of.build_specs(self.config, None)
 
@@ -427,25 +409,6 @@ class _Session:
             sweep_id=begun.measured["sweep_id"] if begun else self.command.sweep_id,
             sweep_tags=self.command.sweep_tags,
         )
-
-
-def _write_config(run_folder: Path, config: DarwinConfig) -> None:
-    try:
-        _write(run_folder / "config.yaml", as_yaml(config))
-    except OSError as error:
-        raise ConfigError(
-            f"{run_folder}: {error.strerror}; free some space, then resume"
-        ) from error
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file so that a power cut leaves the old one or the new one."""
-    fresh = path.with_name(f".{path.name}.new")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
 
 
 @contextmanager

@@ -54,6 +54,30 @@ class Show(Enum):
     plain = "plain"
 
 
+class Choice(Enum):
+    own = "own"
+    weights = "weights"
+    bandit = "bandit"
+
+
+class Form(Enum):
+    edits = "edits"
+    rewrite = "rewrite"
+    chunks = "chunks"
+    text = "text"
+
+
+class Mode(Enum):
+    live = "live"
+    record = "record"
+    replay = "replay"
+
+
+class Outage(Enum):
+    wait = "wait"
+    stop = "stop"
+
+
 # --- groups: a base schema per swap point, a subclass per variant that has settings of its own ---
 
 
@@ -97,6 +121,39 @@ class OperatorsConfig(MutatorConfig):
 class ScriptedConfig(MutatorConfig):
     name: str = "scripted"
     file: str = _key(MISSING, "YAML file of edits that are played in order")
+
+
+@dataclass
+class ModelConfig:
+    """One language model of several; what is left out is as the mutator has it."""
+
+    name: str = MISSING
+    base_url: str | None = None
+    temperature: float | None = None
+    key_env: str | None = None
+    weight: float = 1.0
+
+
+@dataclass
+class OpenaiConfig(MutatorConfig):
+    name: str = "openai"
+    model: str = _key("gpt-4o-mini", "language model of every agent, unless `models` lists several")
+    base_url: str = _key("https://api.openai.com/v1", "its OpenAI-compatible endpoint")
+    temperature: float | None = _key(None, "of its sampling; null leaves that to the endpoint")
+    key_env: str = _key("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
+    models: list[ModelConfig] = _key([], "several: [{name:A,weight:2},{name:B,base_url:URL}]")
+    choice: Choice = _key(Choice.own, "whose model edits: the editor's own, weights or bandit")
+    form: Form = _key(
+        Form.edits, "of answers: edits, rewrite (whole files), chunks (the paper's) or text"
+    )
+    chunk_probability: float = _key(0.4, "share of a parent's chunks that are edited (form=chunks)")
+    max_drafts: int = _key(
+        2, "drafts for one child or repair, those that were turned down included"
+    )
+    prompt_tokens: int = _key(24_000, "most tokens of a prompt; what is less useful is left out")
+    answer_tokens: int = _key(8_000, "most tokens of an answer")
+    smoke_steps: int = _key(3, "steps that a draft must train before it gets a budget; 0: none")
+    guidance: str = _key("", "what people tell every editor, in words")
 
 
 @dataclass
@@ -225,6 +282,25 @@ class RepairConfig:
 
 
 @dataclass
+class LlmConfig:
+    mode: Mode = _key(
+        Mode.live, "live; record: and write llm.recording; replay: read it, call none"
+    )
+    recording: str | None = _key(
+        None, "file to record to; to replay: a file, a run id or latest", True
+    )
+    outage: Outage = _key(Outage.wait, "when an endpoint is down: wait for it, or stop", True)
+    timeout_seconds: float = _key(180.0, "longest wait for one answer", True)
+    max_retries: int = _key(5, "tries after a failed one before it counts as an outage", True)
+    max_usd: float | None = _key(None, "dollars that a run may spend, resumed or not", True)
+    max_tokens: int | None = _key(None, "tokens that a run may spend, in and out together", True)
+    max_calls: int | None = _key(None, "calls that a run may make", True)
+    prices: dict[str, Any] = _key(
+        {}, "USD for a million tokens in and out, by model: {NAME: [0.15,0.6]}", True
+    )
+
+
+@dataclass
 class IntegrityConfig:
     key: str | None = _key(None, "hexadecimal key of the scorer's secrets; random when null")
 
@@ -273,6 +349,7 @@ class DarwinConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     repair: RepairConfig = field(default_factory=RepairConfig)
+    llm: LlmConfig = field(default_factory=LlmConfig)
     integrity: IntegrityConfig = field(default_factory=IntegrityConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
 
@@ -284,6 +361,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "mutator": MutatorConfig,
         "operators": OperatorsConfig,
         "rates": OperatorsConfig,
+        "openai": OpenaiConfig,
         "scripted": ScriptedConfig,
     },
     "selection": {

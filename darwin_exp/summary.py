@@ -61,7 +61,7 @@ def summarise(events: Sequence[Event], n_requested: int, status: str) -> dict[st
         "resolution_rate": repaired / first.count(False) if first.count(False) else None,
         **_sides(events, individuals, closing),
         "seconds": _seconds(events),
-        "llm": {"calls": 0, "tokens_in": 0, "tokens_out": 0, "usd": None},
+        "llm": _spent_on_models(events),
         "mlflow_run_id": None,
     }
 
@@ -222,6 +222,38 @@ def _at_steps(closing: Event | None) -> dict[str, Any] | None:
         "n_steps": closing.payload["n_steps"],
         "why_none": closing.payload["why_none"],
         "earlier_claims": closing.payload.get("earlier_claims"),
+    }
+
+
+def _spent_on_models(events: Sequence[Event]) -> dict[str, Any]:
+    """Return what language models cost; the dollars are None where a price is not known.
+
+    `unsettled` counts calls of which nobody knows how they ended, because the harness was killed
+    or the connection was: they may have been paid for.
+    """
+    answers = [event.payload for event in events if event.kind == "llm_answered"]
+    prices = [answer["usd"] for answer in answers]
+    ended = {event.key for event in events if event.kind == "llm_failed"}
+    unknown = {
+        event.key for event in events if event.kind == "llm_failed" and event.payload.get("unknown")
+    }
+    answered: Counter[str] = Counter()
+    reserved: dict[str, list[str]] = {}
+    for event in events:
+        if event.kind == "llm_reserved":
+            reserved.setdefault(event.key.rpartition(".")[0], []).append(event.key)
+        elif event.kind == "llm_answered":
+            answered[event.key] += 1
+    open_ends = sum(
+        max(0, sum(key not in ended for key in keys) - answered[query])
+        for query, keys in reserved.items()
+    )
+    return {
+        "calls": len(answers),
+        "tokens_in": sum(answer["tokens_in"] for answer in answers),
+        "tokens_out": sum(answer["tokens_out"] for answer in answers),
+        "usd": sum(prices) if prices and None not in prices else None,
+        "unsettled": open_ends + len(unknown),
     }
 
 

@@ -6,6 +6,7 @@ the journal is what the rest of the run may know of it.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -55,6 +56,7 @@ class Trial:
         folder: where its files are left, below the run's folder.
         max_steps: overrides the run's own number of steps.
         budget_seconds: overrides the run's own clock.
+        most_seconds: lowers whichever clock there is.
         keeps_model: whether the trained weights are wanted once they are scored.
         shorter_run: tokens and seconds of a re-timing's other run.
     """
@@ -67,6 +69,7 @@ class Trial:
     folder: str
     max_steps: int | None = None
     budget_seconds: float | None = None
+    most_seconds: float = math.inf
     keeps_model: bool = False
     shorter_run: tuple[int, float] | None = None
 
@@ -85,19 +88,23 @@ class Bench:
 
 
 class Trials:
-    """Carries out trials through the executor and records them in the journal."""
+    """Carries out trials through the executor and records them in the journal.
+
+    Attributes:
+        stopping: set once the run is to end.
+    """
 
     def __init__(self, bench: Bench, executor: Executor, journal: Journal) -> None:
         self._bench = bench
         self._executor = executor
         self._journal = journal
-        self._stopping = threading.Event()
+        self.stopping = threading.Event()
         self._mutex = threading.Lock()
         self._lost_in_a_row: list[str] = []  # individuals, since a trial last got through
 
     def stop(self) -> None:
         """Kill what is under way and refuse every trial from now on: they end with Interrupted."""
-        self._stopping.set()
+        self.stopping.set()
         self._executor.close(cancel=True)
 
     def run(self, trial: Trial) -> JobResult:
@@ -123,7 +130,7 @@ class Trials:
                     "max_steps": job.training.max_steps,
                 },
             )
-            result = _result_from(job.job_id, event.payload, event.measured)
+            result = result_from(job.job_id, event.payload, event.measured)
             if not trial.keeps_model:
                 (job.folder / CHECKPOINT).unlink(missing_ok=True)
             if result.training.status is not Status.INFRA_LOST:
@@ -136,7 +143,9 @@ class Trials:
             bench.training,
             seed=randomness.training_seed(bench.seed, trial.name),
             max_steps=trial.max_steps or bench.training.max_steps,
-            budget_seconds=trial.budget_seconds or bench.training.budget_seconds,
+            budget_seconds=min(
+                trial.budget_seconds or bench.training.budget_seconds, trial.most_seconds
+            ),
         )
         evaluation = None
         if trial.split is not None:
@@ -175,7 +184,7 @@ class Trials:
         )
 
     def _carry_out(self, job: Job, last: bool) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        if self._stopping.is_set():
+        if self.stopping.is_set():
             raise Interrupted
         try:
             result = self._executor.submit(job).result()
@@ -252,7 +261,8 @@ def _measured(result: JobResult) -> dict[str, Any]:
     }
 
 
-def _result_from(job_id: str, payload: Mapping[str, Any], measured: Mapping[str, Any]) -> JobResult:
+def result_from(job_id: str, payload: Mapping[str, Any], measured: Mapping[str, Any]) -> JobResult:
+    """Return the result that a "job" or "timing" event tells of, without its artefacts."""
     trained = Status(payload["trained"])
     scored = payload["scored"]
     decided_by_training = scored is None

@@ -16,7 +16,7 @@ from darwin_exp.config import PROJECT, ConfigError, from_yaml, leaves
 from darwin_exp.guidance import explain
 from darwin_exp.journal import JournalError
 from darwin_exp.parts import Workshop
-from darwin_exp.schema import DarwinConfig, MutatorConfig
+from darwin_exp.schema import DarwinConfig, MutatorConfig, OpenaiConfig
 
 
 def find_run(name: str, runs: Path = PROJECT / "runs") -> Path:
@@ -80,12 +80,17 @@ def prepare(run_folder: Path, chronicle: Chronicle, announce: Callable[[str], No
         ConfigError: configuration, data, sandbox or machine are not as recorded.
     """
     config = _recorded_config(run_folder, chronicle)
+    is_foreign = isinstance(config.mutator, OpenaiConfig)
     # The trainings need no mutator, and a script that it played may be gone by now.
     config.mutator = MutatorConfig(name="none")
     config.resume = None
     config.paths.runs = str(run_folder.parent)  # wherever it was moved to: hidden from candidates
     workshop = workshop_of.prepare_workshop(
-        config, announce, chronicle.base_genome, may_fall_back=False
+        config,
+        announce,
+        chronicle.base_genome,
+        may_fall_back=False,
+        is_foreign=is_foreign,
     )
     recorded = chronicle.begun.payload["environment"]
     for name, value in workshop.environment.items():

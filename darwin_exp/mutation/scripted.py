@@ -15,6 +15,7 @@ from typing import Any
 
 from darwin_exp.individual import Edit, Genome, JobResult, Proposal, Reason
 from darwin_exp.mutation.operators import EDITS
+from darwin_exp.mutation.rewriting import replaced_once
 from darwin_exp.protocols import EditFailed, EditRequest
 
 _FORMS: tuple[frozenset[str], ...] = (
@@ -94,10 +95,8 @@ class ScriptedStep:
         else:
             search, replace = self.search or "", self.replace or ""
             old_text = genome.as_dict.get(self.file, "")
-            if (n := old_text.count(search)) != 1:
-                message = f"scripted: {search!r} stands {n} times in {self.file}, not once"
-                raise EditFailed(Reason.DOES_NOT_APPLY, message)
-            new_text, told = old_text.replace(search, replace), "search and replace"
+            new_text = replaced_once(old_text, search, replace, self.file)
+            told = "search and replace"
             parameters = {"search": search, "replace": replace}
         try:
             done = genome.with_files({self.file: new_text})

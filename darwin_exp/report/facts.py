@@ -19,6 +19,7 @@ from darwin_exp import summary as summaries
 from darwin_exp.chronicle import Agent, Chronicle
 from darwin_exp.protocols import Event
 from darwin_exp.report.effects import Effect, OperatorRecord, effects, operator_records
+from darwin_exp.report.exchanges import Exchanges, exchanges
 
 STAGES = ("startup", "training", "scoring", "overhead")
 LOG_LINES = 24
@@ -95,6 +96,7 @@ class Facts:
         next_command: begins an evolution from the champion; None unless a closed run has one.
         ablate_command: takes that champion apart.
         n_unclaimed: rewrites that were finished after the last claim, and so have no part in it.
+        asked: what language models did; None where none was asked.
     """
 
     chronicle: Chronicle
@@ -113,6 +115,7 @@ class Facts:
     ablate_command: str | None = None
     n_unclaimed: int = 0
     children: Mapping[str, Sequence[Agent]] = field(default_factory=dict)
+    asked: Exchanges | None = None
 
     @property
     def n_slots(self) -> int | None:
@@ -138,22 +141,24 @@ def gather(chronicle: Chronicle, run_folder: Path, status: str | None = None) ->
     for siblings in children.values():
         siblings.sort(key=lambda agent: (agent.generation, agent.slot))
     kept = (event.payload.get("survivors") or () for event in chronicle.of_kind("generation"))
+    changes, line = effects(chronicle), line_of(chronicle, chronicle.selected)
     return Facts(
         chronicle,
         summary,
         status,
-        effects(chronicle),
+        changes,
         operator_records(chronicle),
         statements(chronicle, summary),
         _failures(chronicle),
         _phases(chronicle),
         frozenset(str(name) for names in kept for name in names),
-        line_of(chronicle, chronicle.selected),
+        line,
         _base_failure(chronicle),
         _ablation(run_folder),
         *_commands(chronicle, run_folder),
         _n_unclaimed(chronicle),
         children,
+        exchanges(chronicle, changes, line, summary),
     )
 
 

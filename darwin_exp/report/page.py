@@ -42,6 +42,7 @@ SECTIONS = (
     ("lineage", "Lineage"),
     ("patch", "Patch"),
     ("edits", "Edits"),
+    ("models", "Models"),
     ("failures", "Failures"),
     ("time", "Time"),
     ("individuals", "Agents"),
@@ -90,7 +91,7 @@ def render(facts: Facts) -> str:
         script=Markup(script),
         script_hash=Markup(base64.b64encode(digest).decode()),
         facts=facts,
-        sections=SECTIONS,
+        sections=[one for one in SECTIONS if one[0] != "models" or facts.asked],
         columns=COLUMNS,
         charts=_charts(facts),
         signed=signed,
@@ -107,6 +108,7 @@ def render(facts: Facts) -> str:
         **_champion(facts),
         **_time(facts),
         **_record(facts),
+        **_models(facts),
     )
 
 
@@ -290,6 +292,41 @@ def _version() -> str:
 
 def _moment(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _models(facts: Facts) -> dict[str, Any]:
+    """Say in words how often a first attempt failed and was mended, and what models cost."""
+    if facts.asked is None:
+        return {}
+    first, spent = facts.asked.first_attempts, facts.summary["llm"]
+    failed = "No first attempt has ended yet."
+    if first.n:
+        failed = f"Error rate {100 * first.n_not_ok / first.n:.0f} %: "
+        failed += f"of {_count(first.n, 'first attempt')}, {first.n_not_ok} not OK."
+    mended = "No failure was there to be mended."
+    if first.n_not_ok:
+        mended = f"Resolution rate {100 * first.n_repaired / first.n_not_ok:.0f} %: "
+        mended += f"{first.n_repaired} of {first.n_not_ok} mended in the same generation."
+    cost = "" if spent["usd"] is None else f", {_dollars(spent['usd'])}"
+    return {
+        "error_rate": failed,
+        "resolution_rate": mended,
+        "spent": f"{_count(spent['calls'], 'answer')}: {spent['tokens_in']:,} tokens in, "
+        f"{spent['tokens_out']:,} out{cost}.",
+        "n_unsettled": spent.get("unsettled") or 0,
+        "dollars": _dollars,
+    }
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+
+
+def _dollars(usd: float | None) -> str:
+    """Return an amount to three digits; a dash where it is not known."""
+    if usd is None:
+        return "–"
+    return f"${usd:,.2f}" if usd >= 10 or usd == 0 else f"${number(usd, 3)}"
 
 
 # --- cells ----------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from darwin_exp.sandbox.engine import STOP_SECONDS, Engine, EngineFailure, NotTh
 from darwin_exp.sandbox.launcher import OUT_OF_MEMORY_CODE
 from darwin_exp.sandbox.processes import Usage
 from darwin_exp.sandbox.profile import OUT, Plan
+from darwin_exp.sandbox.removal import Removals
 from darwin_exp.sandbox.stream import Stream
 from darwin_exp.sandbox.supervision import SIGNALLED_CODES
 from darwin_exp.sandbox.workfolder import WorkFolder, plain_name
@@ -46,13 +47,16 @@ UNREADY_CHARACTERS = 2000  # of what a launcher printed that ended too early
 class Container:
     """One started container; `Sandboxed` in protocols.py is its contract."""
 
-    def __init__(self, engine: Engine, name: str, plan: Plan, work: WorkFolder) -> None:
+    def __init__(
+        self, engine: Engine, name: str, plan: Plan, work: WorkFolder, removals: Removals
+    ) -> None:
         self.name = name
         self.startup_seconds = 0.0
         self.ready_at = 0.0
         self._engine = engine
         self._plan = plan
         self._work = work
+        self._removals = removals
         self._id = ""
         self._began = time.time()
         self._frozen = False
@@ -191,10 +195,14 @@ class Container:
             if self._exit is not None:
                 raise InfrastructureFailure("the container is closed and its files are gone")
             refused: dict[str, str] = {}
-            left = max_bytes
             try:
                 destination.mkdir(parents=True, exist_ok=True)
+                names = list(names)
+                taken = self._take_together(names, destination, max_bytes)
+                left = max_bytes - sum(taken.values())
                 for name in names:
+                    if name in taken:
+                        continue
                     try:
                         path, target = f"{OUT}/{plain_name(name)}", destination / name
                         left -= self._engine.copy_file(self.name, path, target, left)
@@ -216,13 +224,15 @@ class Container:
             return self._stream.log.text(), self._stream.log.truncated
 
     def close(self) -> Exit:
-        """Remove the container, verify that it is gone, remove its files. Idempotent.
+        """Kill the container, verify that nothing of it runs, remove its files. Idempotent.
 
-        Where the engine did not say in time whether it had made one, and makes it later still, the
-        sandbox removes it when that is closed, or else the next harness.
+        The engine's records of it may take a moment longer, for which the sandbox waits when it
+        starts another or is closed. Where the engine did not say in time whether it had made one,
+        and makes it later still, the sandbox removes it when that is closed, or else the next
+        harness.
 
         Raises:
-            InfrastructureFailure: something of it is still there, or nobody can tell.
+            InfrastructureFailure: it is still there, or nobody can tell.
         """
         with self._interrupting:
             if self._interrupt >= 0:
@@ -239,7 +249,7 @@ class Container:
                 self._exit = Exit(code=None)
                 self._stream.close()  # for what nobody reads, the engine would wait for seconds
                 try:
-                    self._engine.purge(self.name, REMOVE_SECONDS)
+                    self._removals.remove(self.name, REMOVE_SECONDS)
                 finally:
                     self._release()
             self._exit = ending
@@ -270,6 +280,21 @@ class Container:
             if not poll.poll(0):
                 return
         raise InterruptedError("the sandbox was closed")
+
+    # --- taking files
+
+    def _take_together(self, names: list[str], destination: Path, max_bytes: int) -> dict[str, int]:
+        """Copy at one go what can be taken so, and return the sizes; what cannot is left out."""
+        wanted = set()
+        for name in names:
+            with contextlib.suppress(ValueError):
+                wanted.add(plain_name(name))
+        if len(wanted) > 1:
+            with contextlib.suppress(NotThere):
+                return self._engine.copy_folder(
+                    self.name, OUT, frozenset(wanted), destination, max_bytes
+                )
+        return {}
 
     # --- the stream
 

@@ -16,6 +16,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import tempfile
 import threading
@@ -41,6 +42,7 @@ from darwin_exp.sandbox.profile import (
     volume_options,
 )
 from darwin_exp.sandbox.reaping import OWNER_FILE, SANDBOX_LABEL
+from darwin_exp.sandbox.removal import Removals
 from darwin_exp.sandbox.supervised import SERVER
 from darwin_exp.sandbox.workfolder import WorkRoot
 
@@ -54,9 +56,9 @@ _NEEDED_LIMITS = {
     "CPUSet": "which CPUs are used",
 }
 _SWAPS = Path("/proc/swaps")  # a heading, and what there is
-_OLD_CODE, _SHUT_CODE = 3, 4
+_OLD_CODE, _SHUT_CODE, _OPEN_CODE = 3, 4, 5
 _TRIAL = f"""
-import os, sys
+import os, socket, sys
 if sys.version_info < (3, 11):
     sys.exit({_OLD_CODE})
 try:
@@ -65,6 +67,8 @@ try:
     open("{OUT}/trial", "w").close()
 except OSError:
     sys.exit({_SHUT_CODE})
+if socket.socket(socket.AF_UNIX).connect_ex("\\0" + sys.argv[1]) == 0:
+    sys.exit({_OPEN_CODE})
 """
 
 
@@ -111,10 +115,11 @@ class DockerSandbox:
         self._closed = threading.Event()
         self._ending = threading.Lock()
         self._engine = connect()
+        self._removals = Removals(self._engine)
         self._root = WorkRoot()
         reaping.register(self._token)
         self._end = weakref.finalize(
-            self, _end, self._containers, self._engine, self._root, self._token
+            self, _end, self._containers, self._removals, self._engine, self._root, self._token
         )
         try:
             (self._root.path / OWNER_FILE).write_text(reaping.owner())
@@ -157,10 +162,11 @@ class DockerSandbox:
         """Do nothing: the image was tried when the sandbox was made, and no process is shared."""
 
     def start(self, launch: Launch) -> Container:
-        """Start a program and return once it has signalled ready.
+        """Start a program; return once it has signalled ready, and all before it has been removed.
 
         Raises:
-            InfrastructureFailure: it was not ready in time, or the sandbox was closed.
+            InfrastructureFailure: it was not ready in time, or the sandbox was closed; or what ran
+                before is still there.
         """
         started_at = time.monotonic()
         self._refuse_if_closed()
@@ -176,14 +182,18 @@ class DockerSandbox:
             raise InfrastructureFailure(f"cannot prepare a launch: {error}") from error
         self._count += 1
         name = f"candidate-{self._token}-{self._count}"
-        container = Container(self._engine, name, self._plan(launch, name, work.path, gpu), work)
+        plan = self._plan(launch, name, work.path, gpu)
+        container = Container(self._engine, name, plan, work, self._removals)
         self._containers.add(container)
         try:
             self._refuse_if_closed()
             container.start(started_at, started_at + launch.limits.startup_seconds)
+            self._removals.finish()
         except BaseException:
             with contextlib.suppress(InfrastructureFailure):  # what is left is reaped later
                 container.close()
+            with contextlib.suppress(InfrastructureFailure):
+                self._removals.finish()
             raise
         return container
 
@@ -316,13 +326,17 @@ def _try_once(engine: Engine, options: SandboxSpec) -> None:
 
     It is given folders that were made just now, which the engine refuses where it does not see our
     files: in a virtual machine, or when we are ourselves in a container. That they can be read, and
-    a volume written to, is tried from inside, because engines that map users may forbid it.
+    a volume written to, is tried from inside, because engines that map users may forbid it; and
+    that it is in no network of ours, by a socket that can be reached from nowhere else.
     """
     token = f"trial-{secrets.token_hex(6)}"
     with (
         tempfile.TemporaryDirectory(prefix="candidates-trial-") as folder,
         reaping.alive(token),
+        socket.socket(socket.AF_UNIX) as door,
     ):
+        door.bind(f"\0{token}")
+        door.listen()
         Path(folder, OWNER_FILE).write_text(reaping.owner())
         programs, job = Path(folder, "programs"), Path(folder, "job")
         for path in (programs, job, job / "out"):
@@ -337,7 +351,7 @@ def _try_once(engine: Engine, options: SandboxSpec) -> None:
             programs=programs,
             labels=reaping.ownership(token, 0.0),
         )
-        command = ["-I", "-S", "-c", _TRIAL]
+        command = ["-I", "-S", "-c", _TRIAL, token]
         try:
             engine.create_volume(token, volume_options(Limits()), housing.labels)
             engine.create(token, container_config(housing, command, Limits(), job, token))
@@ -360,6 +374,11 @@ def _await_success(engine: Engine, name: str) -> None:
         raise SandboxUnavailable(
             "a container cannot read the files that it is given, or not write to its volume; where "
             "SELinux is enforced, set TMPDIR to a folder labelled container_file_t"
+        )
+    if state is not None and state.exit_code == _OPEN_CODE:
+        raise SandboxUnavailable(
+            "a container is in the network of this machine; use an engine that gives each one of "
+            "its own, such as Docker"
         )
     if state is None or state.exit_code != 0:
         raise SandboxUnavailable(
@@ -418,10 +437,14 @@ def _listed(names: Any) -> str:
     return ", ".join(sorted(names))
 
 
-def _end(containers: set[Container], engine: Engine, root: WorkRoot, token: str) -> None:
+def _end(
+    containers: set[Container], removals: Removals, engine: Engine, root: WorkRoot, token: str
+) -> None:
     for container in list(containers):
         with contextlib.suppress(InfrastructureFailure, OSError):
             container.close()
+    with contextlib.suppress(InfrastructureFailure):
+        removals.finish()
     reaping.unregister(token)
     with contextlib.suppress(EngineFailure):  # what resisted then is tried once more
         for name in {left.name for left in engine.labelled(f"{SANDBOX_LABEL}={token}")}:

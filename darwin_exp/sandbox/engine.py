@@ -243,21 +243,56 @@ class Engine:
             ValueError: it is no plain file, or too long.
             OSError: the target cannot be written.
         """
+        with self._archive(name, path) as (told, content):
+            try:
+                size = archive.announced_size(told, max_bytes)
+                archive.unpack(content, os.path.basename(path), size, target)
+            except archive.Surprise as error:
+                raise EngineFailure(
+                    "the container engine sent something else than the file it was asked for"
+                ) from error
+        return size
+
+    def copy_folder(
+        self, name: str, path: str, wanted: frozenset[str], destination: Path, max_bytes: int
+    ) -> dict[str, int]:
+        """Copy plain files that lie right in a folder, in one request, and return their sizes.
+
+        To pack anything at all takes the engine a tenth of a second, so that three files take three
+        times as long one by one. It tells nothing of why a file was not taken, and takes none where
+        the folder holds much else: ask for those by `copy_file`.
+
+        Args:
+            wanted: names of the files.
+            max_bytes: of all of them together, as in `copy_file`.
+
+        Raises:
+            NotThere: there is no such folder, or no such container.
+            OSError: a file cannot be written to the destination.
+        """
+        with self._archive(name, path) as (told, content):
+            try:
+                if archive.is_folder(told):
+                    folder = os.path.basename(path)
+                    return archive.unpack_folder(content, folder, wanted, max_bytes, destination)
+            except (archive.Surprise, archive.Untidy):
+                pass
+        return {}
+
+    @contextlib.contextmanager
+    def _archive(self, name: str, path: str) -> Iterator[tuple[str, Iterator[bytes]]]:
+        """Ask for what lies at a path; give what the engine says of it, and then the archive.
+
+        What is not read when the context ends is not sent either.
+        """
         place = f"/containers/{quote(name)}/archive"
         response = self._ask(
             "hand out a file",
             lambda: self._request("GET", place, {"path": path}, stream=True),
         )
         with contextlib.closing(response):
-            told = str(response.headers.get("X-Docker-Container-Path-Stat", ""))
-            try:
-                size = archive.announced_size(told, max_bytes)
-                archive.unpack(self._content(response), os.path.basename(path), size, target)
-            except archive.Surprise as error:
-                raise EngineFailure(
-                    "the container engine sent something else than the file it was asked for"
-                ) from error
-        return size
+            told = response.headers.get("X-Docker-Container-Path-Stat", "")
+            yield str(told), self._content(response)
 
     # --- volumes
 

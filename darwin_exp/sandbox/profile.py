@@ -98,6 +98,9 @@ def container_config(
         "AttachStdout": True,
         "AttachStderr": True,
         "Healthcheck": {"Test": ["NONE"]},
+        # Its network holds nothing but itself either way. Without this, the engine starts a copy
+        # of its own program for every container, to enter that nothing in its books.
+        "NetworkDisabled": True,
         "HostConfig": _host_config(housing, limits, folder, volume),
     }
 

@@ -16,6 +16,7 @@ from typing import Any
 from darwin_exp.plots import generation_plots
 from darwin_exp.protocols import Event
 from darwin_exp.tracking.store import EvolutionRuns, finite
+from darwin_exp.tracking.traces import ANSWERED, traces_of
 
 SECONDS_BETWEEN_PLOTS = 60.0
 
@@ -33,6 +34,8 @@ change that made it, its log and what the trusted evaluator measured.
 - `claim_*`, `equal_steps_*`: the closing comparison of the base with the selected agent, on fresh
   seeds: by the clock, and after the same number of optimizer steps.
 - `plots/` shows every agent; nested runs carry `status`, `parent_ids` and `editor_id` as tags.
+- `llm_*`, where language models edit: calls, tokens and dollars so far. Each call is a trace of the
+  agent that it was made for: the Traces tab of its run, or of the experiment.
 """
 
 
@@ -126,6 +129,7 @@ class Projection:
         status, reason = str(payload.get("status")), payload.get("reason")
         edits = list(payload.get("edits", ()))
         n_new = int(payload.get("n_new_edits", 0))
+        model = payload.get("model") or {}
         tags = {
             "mlflow.parentRunId": parent,
             "mlflow.source.name": "darwin_exp",
@@ -141,6 +145,7 @@ class Projection:
             "message": payload.get("message") or None,
             "repaired": payload.get("repaired"),
             "contended": measured.get("contended"),
+            "model_endpoint": model.get("base_url"),
         }
         new_edits = edits[len(edits) - n_new :]
         params = {
@@ -148,6 +153,7 @@ class Projection:
             "operators": ", ".join(str(edit.get("operator")) for edit in edits),
             "new_operators": ", ".join(str(edit.get("operator")) for edit in new_edits),
             "expected_effect": payload.get("expected_effect") or None,
+            "model": _name_of_model(model),
         }
         metrics = {
             **dict(payload.get("metrics", {})),
@@ -160,6 +166,8 @@ class Projection:
         self._runs.log(run, metrics=metrics, params=params, tags=tags, timestamp=end, step=step)
         self._runs.upload(run, self._run_folder / "individuals" / individual_id, ARTIFACTS)
         self._runs.end(run, "FINISHED" if status == "OK" else "FAILED", end)
+        if traces := traces_of(event, history, self._run_id):
+            self._runs.trace(run, traces)
 
     def _on_generation(self, event: Event, history: Sequence[Event]) -> None:
         metrics = {
@@ -171,6 +179,7 @@ class Projection:
             for name in HEADLINE
         }
         metrics["generation_seconds"] = event.measured.get("seconds")
+        metrics |= _spent(event, history)
         step = int(event.payload.get("generation", event.key))
         tags = {"best_id": event.payload.get("best_id")}
         self._runs.log(
@@ -229,7 +238,7 @@ class Projection:
         metrics = {f"{name}_retimed": event.measured.get(name) for name in RATES}
         self._runs.log(run, metrics=metrics, timestamp=_milliseconds(event))
 
-    def _improvement(self) -> dict[str, Any]:
+    def _headline(self) -> dict[str, Any]:
         """Return the headline figures of summary.json, which was written before the run's end."""
         try:
             told = json.loads((self._run_folder / "summary.json").read_text(encoding="utf-8"))
@@ -238,6 +247,8 @@ class Projection:
         except (OSError, ValueError, KeyError, TypeError):
             return {}
         return {
+            "error_rate": told.get("error_rate"),
+            "resolution_rate": told.get("resolution_rate"),
             "improvement_percent": gain.get("perplexity_percent"),
             "improvement_percent_at_equal_steps": at_steps.get("perplexity_percent"),
             "mfu_percent": gain.get("mfu_percent"),
@@ -247,8 +258,11 @@ class Projection:
         parent, end = self._runs.parent(), _milliseconds(event)
         status = str(event.payload.get("status"))
         tags = {"darwin.status": status, "darwin.exit_code": event.payload.get("exit_code")}
-        metrics = {"total_seconds": event.measured.get("seconds"), **self._improvement()}
+        metrics = {"total_seconds": event.measured.get("seconds"), **self._headline()}
         self._runs.log(parent, metrics=metrics, tags=tags, timestamp=end)
+        if spent := _spent(event, history):
+            closed = [int(e.payload["generation"]) for e in history if e.kind == "generation"]
+            self._runs.log(parent, metrics=spent, timestamp=end, step=max(closed, default=0))
         self._plot(history)
         self._runs.upload(parent, self._run_folder, CLOSING_ARTIFACTS)
         self._runs.end(parent, END_STATUS.get(status, "FAILED"), end)
@@ -271,6 +285,33 @@ def _note_of_individual(payload: Mapping[str, Any], edits: Sequence[Mapping[str,
     if payload.get("message"):
         lines += ["", f"**{payload.get('status')}** {payload.get('message')}"]
     return "\n".join(lines)
+
+
+def _name_of_model(model: Mapping[str, Any]) -> str | None:
+    """Return a language model's name with its temperature; None where an agent owns none."""
+    name, temperature = model.get("name"), model.get("temperature")
+    if name is None:
+        return None
+    return str(name) if temperature is None else f"{name}@{temperature:g}"
+
+
+def _spent(event: Event, history: Sequence[Event]) -> dict[str, Any]:
+    """Return what language models were asked and cost up to an event; nothing where none was.
+
+    The dollars are None as soon as one answer's price is not known.
+    """
+    answers = [
+        one.payload for one in history if one.kind == ANSWERED and one.sequence <= event.sequence
+    ]
+    if not answers:
+        return {}
+    prices = [answer.get("usd") for answer in answers]
+    return {
+        "llm_calls": len(answers),
+        "llm_tokens_in": sum(answer["tokens_in"] for answer in answers),
+        "llm_tokens_out": sum(answer["tokens_out"] for answer in answers),
+        "llm_usd": None if None in prices else sum(prices),
+    }
 
 
 def _milliseconds(event: Event) -> int:

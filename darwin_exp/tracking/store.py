@@ -1,4 +1,4 @@
-"""The MLflow store and one evolution's runs in it; the only module that imports mlflow.
+"""The MLflow store and one evolution's runs in it; mlflow is first imported here, and kept quiet.
 
 Reads: the store, to find what an earlier session left there; files to be uploaded.
 Writes: the store and, beside a SQLite file, its lock file.
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from darwin_exp.tracking.outbox import StoreUnavailable
+from darwin_exp.tracking.traces import Trace, storable, write_traces
 
 SQLITE = "sqlite:///"
 
@@ -254,6 +255,10 @@ class EvolutionRuns:
             elif path.is_file():
                 self._client.log_artifact(run, str(path))
 
+    def trace(self, run: str, traces: Sequence[Trace]) -> None:
+        """Tie calls of language models to a run, each once."""
+        write_traces(self._client, self._experiment_id, run, traces)
+
     def reopen(self, run: str) -> None:
         """Mark a run as running again."""
         self._client.update_run(run, status="RUNNING")
@@ -352,8 +357,7 @@ def tidy(name: str) -> str:
 
 def _text(value: Any, limit: int) -> str:
     """Return a value as text that every store can hold, cut to a number of characters."""
-    text = value if isinstance(value, str) else _spelled(value)
-    text = text.encode("utf-8", "replace").decode("utf-8").replace("\0", "�")
+    text = storable(value if isinstance(value, str) else _spelled(value))
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

@@ -24,6 +24,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ from darwin_exp.protocols import Sandbox  # noqa: E402
 from darwin_exp.sandbox.docker import DockerSandbox  # noqa: E402
 from darwin_exp.sandbox.process import ProcessSandbox  # noqa: E402
 from tests.attacks import models  # noqa: E402
-from tests.attacks.boxes import UID, Box, build, write_data  # noqa: E402
+from tests.attacks.boxes import CLEAN_UP_SECONDS, UID, Box, build, write_data  # noqa: E402
 from tests.attacks.outside import RUN, Engine  # noqa: E402
 
 # What a candidate goes on to do once it has trained and saved, and the seconds that it is given.
@@ -94,7 +95,10 @@ def overhead(n_candidates: int) -> None:
                 ).result
                 costs.setdefault(kind, []).append(_neither_trained_nor_scored(found))
                 print(f"{k + 1:3d}  {kind:24s} {found.outcome.status.value:14s}", flush=True)
-            left = box.traces()
+            # The records of the last container may be just being removed.
+            deadline = time.monotonic() + CLEAN_UP_SECONDS
+            while (left := box.traces()) and time.monotonic() < deadline:
+                time.sleep(0.02)
         finally:
             box.close()
     every = [cost for of_kind in costs.values() for cost in of_kind]

@@ -29,16 +29,6 @@ Score = Callable[..., Evaluation]
 MakeJob = Callable[..., Job]
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the repeats under other secrets, which take minutes, unless `-m` names them."""
-    if "integrity" in config.getoption("markexpr"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("integrity")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
-
-
 @pytest.fixture(scope="session")
 def sandbox() -> Iterator[ProcessSandbox]:
     sandbox = ProcessSandbox(slot=7, cpus=(0,), uid=64_000)

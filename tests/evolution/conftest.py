@@ -189,6 +189,7 @@ class Rehearsal:
             "pair_with_peers": True,
             "crossover_probability": 0.5,
             "max_repairs": 1,
+            "smoke_steps": 0,
             "n_base_repeats": 3,
             "n_claim_seeds": 4,
             "n_equal_steps": 3,

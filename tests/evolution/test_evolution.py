@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from darwin_exp import summary
-from darwin_exp.evolution import BaseFailed, Stopped
+from darwin_exp.evolution import BaseFailed
 from darwin_exp.fitness import MfuFitness
 from darwin_exp.individual import Genome, Job, JobResult, Purpose, Reason, Status
 from darwin_exp.journal import Journal, comparable, load
-from darwin_exp.protocols import InfrastructureFailure
+from darwin_exp.protocols import InfrastructureFailure, Stopped
 from darwin_exp.trials import CHECKPOINT, Broken
 
 Rehearse = Callable[..., Any]

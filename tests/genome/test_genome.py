@@ -145,3 +145,33 @@ def test_b26_a_genome_cannot_grow_without_end_nor_hide_data_in_its_settings() ->
         found = objection(parent.with_files(changed), parent)
         assert found is not None
         assert found[0] is Reason.HIDDEN_DATA
+
+
+@pytest.mark.parametrize(
+    ("code", "named"),
+    [
+        ("import socket\n", "socket"),
+        ("def f():\n    from urllib.request import urlopen\n", "urllib"),
+        ("try:\n    import subprocess as s\nexcept ImportError:\n    pass\n", "subprocess"),
+        ("import transformers\n", "not installed"),
+        ("from flash_attn.ops import fused\n", "not installed"),
+    ],
+)
+def test_f9_an_import_that_training_code_has_no_need_of_is_turned_down(
+    code: str, named: str
+) -> None:
+    parent = Genome.of(BASE)
+    found = objection(parent.with_files({"train.py": code}), parent)
+    assert found is not None
+    assert found[0] is Reason.FORBIDDEN_IMPORT
+    assert named in found[1]
+    # A base genome's own imports are its own affair.
+    bearer = Genome.of({**BASE, "model.py": code})
+    assert objection(bearer.with_files({"train.py": code}), bearer) is None
+
+
+def test_a_rewrite_may_import_its_own_files_and_what_is_installed() -> None:
+    parent = Genome.of(BASE)
+    code = "import math\nimport torch.nn.functional as F\nimport layers\nfrom .parts import x\n"
+    child = parent.with_files({"train.py": code, "layers.py": "y = 1\n", "parts/x.py": "z = 1\n"})
+    assert objection(child, parent) is None

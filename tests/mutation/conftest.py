@@ -1,20 +1,10 @@
-"""Leaves out what is marked `edits` unless it is asked for, and counts what was tried of it."""
+"""Counts what was tried of compositions of edits."""
 
 from __future__ import annotations
 
 import pytest
 
 COMPOSITIONS = "test_a_composition_trains_and_serves["
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the compositions, which take minutes, unless `-m` names them."""
-    if "edits" in config.getoption("markexpr"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("edits")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -28,8 +28,9 @@ from darwin_exp.protocols import InfrastructureFailure, Zone
 from darwin_exp.sandbox import archive, docker, engine, keeper, reaping
 from darwin_exp.sandbox.cgroup import Books
 from darwin_exp.sandbox.confinement import become
-from darwin_exp.sandbox.engine import EngineFailure, EngineUnavailable
+from darwin_exp.sandbox.engine import EngineFailure, EngineUnavailable, State
 from darwin_exp.sandbox.processes import descendants
+from darwin_exp.sandbox.removal import Removals
 from darwin_exp.sandbox.stream import MAX_UNREAD_BYTES, Stream
 from darwin_exp.sandbox.workfolder import WorkRoot
 
@@ -237,6 +238,106 @@ class TestTheArchive:
     def test_nothing_is_read_that_was_not_announced(self, told: str) -> None:
         with pytest.raises(archive.Surprise):
             archive.announced_size(told, 5)
+        with pytest.raises(archive.Surprise):
+            archive.is_folder(told)
+
+    @pytest.mark.parametrize(
+        ("mode", "folder"), [(0o700 | 1 << 31, True), (1 << 31 | 1 << 27, False), (0o600, False)]
+    )
+    def test_c1_a_folder_is_told_from_a_link_to_one(self, mode: int, folder: bool) -> None:
+        assert archive.is_folder(announcement(mode=mode)) == folder
+
+
+Member = tuple[str, bytes, bytes]
+HEAD: Member = ("out", tarfile.DIRTYPE, b"")
+WANTED = frozenset({"a", "m", "z"})
+
+
+def file(name: str, content: bytes = b"12345") -> Member:
+    return (f"out/{name}", tarfile.REGTYPE, content)
+
+
+def taken(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class TestTheArchiveOfAFolder:
+    def test_wanted_files_are_written_and_a_few_others_are_read_past(self, tmp_path: Path) -> None:
+        content = os.urandom(100_000)
+        strays = [file(f"b{n}", b"?" * 1000) for n in range(archive.MAX_STRAYS - 2)]
+        body = packed(HEAD, file("a"), *strays, file("m", content), file("n"))
+        found = archive.unpack_folder(body, "out", WANTED, 100_005, tmp_path)
+        assert found == {"a": 5, "m": 100_000}  # and no "z", up to the end
+        assert taken(tmp_path) == {"a": b"12345", "m": content}
+
+    @pytest.mark.parametrize(
+        "members",
+        [
+            (HEAD, file("a"), ("out/m", tarfile.SYMTYPE, b"")),
+            (HEAD, file("a"), ("out/m", tarfile.LNKTYPE, b"")),
+            (HEAD, file("a"), ("out/l", tarfile.FIFOTYPE, b"")),
+            (HEAD, file("a"), ("out/b", tarfile.DIRTYPE, b"")),
+            (HEAD, file("a"), file("b/m")),
+            (HEAD, file("a"), ("m", tarfile.REGTYPE, b"12345")),
+            (HEAD, file("a"), ("../m", tarfile.REGTYPE, b"12345")),
+            (HEAD, file("a"), ("/etc/m", tarfile.REGTYPE, b"12345")),
+            (HEAD, file("a"), file("a")),
+            (HEAD, file("a"), file("m", b"123456")),  # one more than all together may have
+            (HEAD, file("a"), file("b", bytes(archive.MAX_STRAY_BYTES + 1)), file("m")),
+            (HEAD, file("a"), *(file(f"b{n}") for n in range(archive.MAX_STRAYS)), file("m")),
+            (HEAD, file("a"), *(HEAD for _ in range(archive.MAX_STRAYS)), file("m")),
+        ],
+    )
+    def test_c1_c2_c3_c4_c8_where_something_else_is_met_nothing_is_kept(
+        self, tmp_path: Path, members: tuple[Member, ...]
+    ) -> None:
+        with pytest.raises(archive.Untidy):
+            archive.unpack_folder(packed(*members), "out", WANTED, 10, tmp_path)
+        assert taken(tmp_path) == {}
+
+    @pytest.mark.parametrize("size", [10, 1000, 2000, 3000])
+    def test_c8_an_archive_that_breaks_off_leaves_nothing_or_what_is_whole(
+        self, tmp_path: Path, size: int
+    ) -> None:
+        whole = b"".join(packed(HEAD, file("a"), file("m", b"1" * 5000)))
+        try:
+            found = archive.unpack_folder(iter([whole[:size]]), "out", WANTED, 10_000, tmp_path)
+        except archive.Untidy:
+            found = {}
+        assert found in ({}, {"a": 5})
+        assert taken(tmp_path) == dict.fromkeys(found, b"12345")
+
+    @pytest.mark.parametrize("name", ["a", "b"])
+    def test_c3_not_a_byte_is_waited_for_of_what_is_too_long(
+        self, tmp_path: Path, name: str
+    ) -> None:
+        member = tarfile.TarInfo(f"out/{name}")
+        member.size = 10**12
+        n_read = 0
+
+        def endless() -> Iterator[bytes]:
+            nonlocal n_read
+            yield member.tobuf(tarfile.GNU_FORMAT)
+            while True:
+                n_read += 1 << 16
+                yield bytes(1 << 16)
+
+        with pytest.raises(archive.Untidy):
+            archive.unpack_folder(endless(), "out", WANTED, 1000, tmp_path)
+        assert n_read <= 2 * archive.CHUNK_BYTES  # what comes together with its head
+
+    def test_c3_nothing_is_waited_for_behind_the_last_wanted_file(self, tmp_path: Path) -> None:
+        n_read = 0
+
+        def endless() -> Iterator[bytes]:
+            nonlocal n_read
+            yield from packed(HEAD, file("a"))
+            while True:
+                n_read += 1 << 16
+                yield bytes(1 << 16)
+
+        assert archive.unpack_folder(endless(), "out", frozenset("a"), 10, tmp_path) == {"a": 5}
+        assert n_read <= 2 * archive.CHUNK_BYTES
 
 
 # As the first process of a container would, it becomes the parent of those whose own has ended.
@@ -497,6 +598,80 @@ class TestGpus:
             docker._gpu_users("0")
 
 
+class OneContainer(engine.Engine):
+    """An engine with one container, which it removes in its own time."""
+
+    def __init__(self, running: bool = False, refusal: int | None = None) -> None:
+        super().__init__(None, "")
+        self.killed = self.removed = False
+        self.may_remove = threading.Event()
+        self._running, self._refusal = running, refusal
+
+    def kill(self, name: str) -> None:
+        self.killed = True
+        if self._refusal is not None:
+            raise EngineFailure("it cannot be killed", self._refusal)
+
+    def state(self, name: str, seconds: float = 0.0) -> State | None:
+        return State(self._running, False, 0, 0, False)
+
+    def purge(self, name: str, seconds: float) -> None:
+        if not self.may_remove.wait(seconds):
+            raise EngineFailure(f"{name} is still there")
+        self.removed = True
+
+
+class TestRemovals:
+    @pytest.mark.parametrize("refusal", [None, 404, 409])
+    def test_what_has_ended_is_removed_later_and_waited_for(self, refusal: int | None) -> None:
+        found = OneContainer(refusal=refusal)
+        removals = Removals(found)
+        removals.remove("c", PATIENCE)
+        assert (found.killed, found.removed) == (True, False)
+        waiting = threading.Thread(target=removals.finish)
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+        found.may_remove.set()
+        waiting.join(PATIENCE)
+        assert not waiting.is_alive()
+        assert found.removed
+
+    @pytest.mark.parametrize(("running", "refusal"), [(True, None), (False, 500)])
+    def test_a7_what_may_still_run_is_removed_at_once(
+        self, running: bool, refusal: int | None
+    ) -> None:
+        found = OneContainer(running, refusal)
+        removals = Removals(found)
+        with pytest.raises(EngineFailure, match="still there"):
+            removals.remove("c", 0.1)
+        found.may_remove.set()
+        removals.remove("c", PATIENCE)
+        assert found.removed
+        removals.finish()
+
+    def test_a_removal_that_failed_is_told_of_once(self) -> None:
+        removals = Removals(OneContainer())
+        removals.remove("c", 0.1)
+        with pytest.raises(EngineFailure, match="still there"):
+            removals.finish()
+        removals.finish()
+
+    def test_where_no_thread_can_be_started_nothing_is_put_off(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(_: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        found = OneContainer()
+        found.may_remove.set()
+        removals = Removals(found)
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        removals.remove("c", PATIENCE)
+        assert found.removed
+        removals.finish()
+
+
 class MuteEngine:
     """An engine that says which version it is, and nothing else."""
 
@@ -532,11 +707,12 @@ class TestAnEngineThatHangs:
         "ask",
         [
             lambda found: found.purge("name", 0.5),
+            lambda found: Removals(found).remove("name", 0.5),
             lambda found: found.pause("name"),
             lambda found: found.kill("name"),
             lambda found: found.state("name", 0.5),
         ],
-        ids=["purge", "pause", "kill", "state"],
+        ids=["purge", "remove", "pause", "kill", "state"],
     )
     def test_e3_it_does_not_keep_who_stops_a_container_waiting(
         self,

@@ -31,7 +31,7 @@ from darwin_exp.sandbox.container import Container
 from darwin_exp.sandbox.docker import DockerSandbox
 from darwin_exp.sandbox.engine import Belonging, Engine, EngineFailure, State, connect
 from darwin_exp.sandbox.processes import resident_bytes
-from darwin_exp.sandbox.profile import Housing, container_config, volume_options
+from darwin_exp.sandbox.profile import OUT, Housing, container_config, volume_options
 from darwin_exp.sandbox.stream import MAX_UNREAD_BYTES
 from darwin_exp.sandbox.supervised import PACKAGE_ROOT
 
@@ -274,6 +274,76 @@ class TestWhatItLeaves:
         assert missing == {"model.json": "No such file or directory"}
 
 
+# What a candidate may put before what is wanted, in the order in which the engine goes through it.
+MESSES = {
+    "many files": "for n in range(2000): open(f'out/a{n}', 'w').close()",
+    "a long file": "open('out/a', 'wb').truncate(10**12)",
+    "a folder": "os.makedirs('out/a/b'); open('out/a/b/model.json', 'w').close()",
+    "a deep folder": """
+os.chdir("out")
+for _ in range(500): os.mkdir("a" * 200); os.chdir("a" * 200)
+""",
+    "a link": "os.symlink('/etc/passwd', 'out/a')",
+    "a pipe": "os.mkfifo('out/a')",
+    "a second name": "os.link('out/progress.jsonl', 'out/a')",
+}
+WANTED = ("model.json", "progress.jsonl")
+LEAVES_BOTH = "for name in ('model.json', 'progress.jsonl'): open('out/' + name, 'w').write(name)\n"
+
+
+class TestTakingAllAtOnce:
+    def test_what_an_honest_candidate_leaves_takes_one_request(
+        self, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        container = start(LEAVES_BOTH + "open('out/notes', 'w').write('not asked for')")
+        assert container.wait(PATIENCE)
+
+        def never(*_: Any) -> int:
+            raise AssertionError("a file was asked for by itself")
+
+        monkeypatch.setattr(Engine, "copy_file", never)
+        assert container.collect(WANTED, tmp_path / "taken", 100) == {}
+        left = {path.name: path.read_text() for path in (tmp_path / "taken").iterdir()}
+        assert left == {name: name for name in WANTED}
+
+    @pytest.mark.parametrize("mess", MESSES)
+    def test_c3_c6_what_lies_beside_costs_no_more_than_a_request(
+        self, start: Start, engine: Engine, tmp_path: Path, mess: str
+    ) -> None:
+        container = start(f"import os\n{LEAVES_BOTH}{MESSES[mess]}", file_mb=2_000_000)
+        assert container.wait(PATIENCE)
+        assert container.log()[0] == ""
+        container.freeze()
+        # All at once none are taken, though one by one they can be.
+        (tmp_path / "none").mkdir()
+        began = time.monotonic()
+        place, wanted = tmp_path / "none", frozenset(WANTED)
+        assert engine.copy_folder(container.name, OUT, wanted, place, 100) == {}
+        assert list(place.iterdir()) == []
+        assert container.collect(WANTED, tmp_path / "taken", 100) == {}
+        assert time.monotonic() - began < PATIENCE / 2
+        assert sorted(path.name for path in (tmp_path / "taken").iterdir()) == sorted(WANTED)
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            "os.symlink('progress.jsonl', 'out/model.json')",
+            "os.mkfifo('out/model.json')",
+            "socket.socket(socket.AF_UNIX).bind('out/model.json')",
+            "os.mkdir('out/model.json')",
+        ],
+        ids=["link", "pipe", "socket", "folder"],
+    )
+    def test_c1_c2_what_is_wanted_and_no_plain_file_is_told_as_such(
+        self, start: Start, tmp_path: Path, make: str
+    ) -> None:
+        container = start(f"import os, socket\n{make}\nopen('out/progress.jsonl', 'w').close()")
+        assert container.wait(PATIENCE)
+        refused = container.collect(WANTED, tmp_path / "taken", 100)
+        assert refused == {"model.json": "is not a plain file"}
+        assert [path.name for path in (tmp_path / "taken").iterdir()] == ["progress.jsonl"]
+
+
 class TestOutput:
     def test_a12_a_flood_without_end_is_bounded_and_delays_nothing(self, start: Start) -> None:
         container = start("while True: print('y' * 1_000_000)", log_bytes=10_000)
@@ -435,16 +505,63 @@ class TestNothingIsLeft:
         assert folder.is_dir()
         began = time.monotonic()
         ended = container.close()
-        assert time.monotonic() - began < 10.0
-        assert engine.state(container.name) is None
-        assert container.name not in [each.name for each in engine.labelled(reaping.OWNER_LABEL)]
+        assert not is_running(engine, container.name)
         assert not folder.exists()
+        assert comes_true(lambda: container.name not in names_of(engine))
+        assert time.monotonic() - began < 10.0
         assert container.close() is ended
+
+    def test_records_are_removed_beside_the_next_start_which_waits_for_it(
+        self, start: Start, engine: Engine, slow_removal: threading.Event
+    ) -> None:
+        container = start("import time\ntime.sleep(600)")
+        container.close()
+        assert container.name in names_of(engine)  # the control: it takes its time
+        assert not is_running(engine, container.name)
+        threading.Timer(1.0, slow_removal.set).start()
+        start("import time\ntime.sleep(600)")
+        assert slow_removal.is_set()
+        assert container.name not in names_of(engine)
+
+    def test_closing_the_sandbox_waits_until_the_last_records_are_gone(
+        self, options: SandboxSpec, engine: Engine, slow_removal: threading.Event
+    ) -> None:
+        sandbox = DockerSandbox(0, (0,), options, modules=())
+        genome = Genome.of({"train.py": "", "model.py": ""})
+        sandbox.start(Launch("last", Zone.TRAIN, genome, {}, {}, Limits())).close()
+        assert left_of(engine, sandbox)
+        threading.Timer(0.5, slow_removal.set).start()
+        sandbox.close()
+        assert left_of(engine, sandbox) == []
+
+    def test_e3_records_that_cannot_be_removed_are_our_own_fault_when_the_next_is_started(
+        self, options: SandboxSpec, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sandbox = DockerSandbox(0, (0,), options, modules=())
+        genome = Genome.of({"train.py": "while True: pass", "model.py": ""})
+        launch = Launch("stuck", Zone.TRAIN, genome, {}, {}, Limits())
+        try:
+            with monkeypatch.context() as patch:
+
+                def refuse(_: Engine, name: str, *__: Any) -> None:
+                    raise EngineFailure(f"{name} is still there")
+
+                patch.setattr(Engine, "purge", refuse)
+                first = sandbox.start(launch)
+                first.close()
+                assert not is_running(engine, first.name)
+                with pytest.raises(InfrastructureFailure, match=f"{first.name} is still there"):
+                    sandbox.start(launch)
+                assert not any(is_running(engine, name) for name in left_of(engine, sandbox))
+        finally:
+            sandbox.close()
+        assert left_of(engine, sandbox) == []
 
     @pytest.mark.parametrize("step", ["create", "attach", "start"])
     def test_a20_a_start_that_fails_half_way_leaves_nothing(
         self, sandbox: DockerSandbox, engine: Engine, monkeypatch: pytest.MonkeyPatch, step: str
     ) -> None:
+        sandbox._removals.finish()  # of what other tests left
         before = left_of(engine, sandbox)
 
         def refuse(*_: Any) -> None:
@@ -552,6 +669,25 @@ class TestNothingIsLeft:
             assert f"{unique}-dead" not in names  # its volume neither
 
 
+@pytest.fixture
+def slow_removal(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Let nothing be removed before this is set."""
+    removed, honest = threading.Event(), Engine.purge
+
+    def purge(engine: Engine, name: str, seconds: float) -> None:
+        removed.wait(PATIENCE)
+        honest(engine, name, seconds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "purge", purge)
+        yield removed
+        removed.set()
+
+
+def names_of(engine: Engine) -> set[str]:
+    return {each.name for each in engine.labelled(reaping.OWNER_LABEL)}
+
+
 def is_running(engine: Engine, name: str) -> bool:
     state = engine.state(name)
     return state is not None and state.running
@@ -643,6 +779,17 @@ class TestAvailability:
 
         monkeypatch.setattr(docker_module, "volume_options", shut)
         assert "not write to its volume" in self.refused(options, engine)
+
+    def test_a1_an_engine_whose_containers_are_in_our_network_is_refused(
+        self, options: SandboxSpec, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def shared(*arguments: Any, **more: Any) -> dict[str, Any]:
+            config = container_config(*arguments, **more)
+            config["HostConfig"]["NetworkMode"] = "host"
+            return config | {"NetworkDisabled": False}
+
+        monkeypatch.setattr(docker_module, "container_config", shared)
+        assert "in the network of this machine" in self.refused(options, engine)
 
     def test_what_a_trial_leaves_that_was_killed_is_found_by_its_owner(
         self, options: SandboxSpec, monkeypatch: pytest.MonkeyPatch
