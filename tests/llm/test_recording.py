@@ -154,7 +154,7 @@ def test_the_same_run_is_recorded_in_the_same_bytes(
         b"[]\n",
         b"not JSON\n",
         b"\xff\xfe",
-        gzip.compress(b'{"darwin_recording": 1}\n' * 50)[:-12],
+        gzip.compress(b'{"darwin_recording": 1}\n' * 50, mtime=0)[:-12],
         b'{"darwin_recording": 2}\n',
         b'{"darwin_recording": 1}\n{"kind": "job"}\n',
         b'{"darwin_recording": 1}\n{"kind": "jo',
