@@ -161,7 +161,7 @@ def _search_job(chronicle: Chronicle, champion: Agent) -> Event | None:
     for event in chronicle.of_kind("job"):
         ours = event.payload["individual_id"] == champion.individual_id
         same_code = event.payload["genome_id"] == champion.genome_id
-        judged = event.payload["purpose"] in ("search", "base_repeat")
+        judged = event.payload.get("purpose") in ("search", "base_repeat")
         if ours and judged and same_code and event.payload["status"] == "OK":
             return event
     return None

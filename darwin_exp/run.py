@@ -137,7 +137,7 @@ def _operational(overrides: Sequence[str], recorded: DarwinConfig) -> list[str]:
             raise ConfigError(
                 f"{override}: a resumed run keeps its recipe; resume takes key=value only"
             )
-        if key in known or is_operational(key):
+        if key in known or ("." in key and is_operational(key)):
             kept.append(override)
     return kept
 

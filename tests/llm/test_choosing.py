@@ -99,6 +99,7 @@ class Past:
             {"generation": 0, "parent_ids": [], "fitness": 1.0, "status": "OK"},
         )
         self.n = 0
+        self.close(0)
 
     def edit(
         self,
