@@ -23,6 +23,7 @@ NOT_GENOME = frozenset({"job.json", "model.json", "requirements.txt"})
 OUTPUT_FOLDER = "out"  # beside train.py: what a training by hand leaves is no training code
 MAX_GENOME_BYTES = 1_000_000
 _PARSING = threading.Lock()
+_DISTURBANCES = 20  # that one parsing bears
 _NO_FILE, _EMPTY_FILE = "0000000", "e69de29"  # as git calls them
 
 
@@ -204,16 +205,23 @@ def parse_python(text: str) -> ast.Module:
     """Parse Python source, one thread at a time.
 
     CPython counts the depth of the tree that it builds once for all threads, so that two that parse
-    at the same time may end in a SystemError (its issue 106905).
+    at the same time may end in a SystemError (its issue 106905). Libraries parse too, and know
+    nothing of our turn: one of ours that is disturbed is done again.
 
     Raises:
         SyntaxError, ValueError, RecursionError: it is no Python, or nested too deeply.
     """
     with _PARSING:
-        try:
-            return ast.parse(text)
-        except MemoryError as error:  # what the parser says of some that are nested too deeply
-            raise RecursionError("it is nested too deeply") from error
+        n_disturbances = 0
+        while True:
+            try:
+                return ast.parse(text)
+            except MemoryError as error:  # what the parser says of some that are nested too deeply
+                raise RecursionError("it is nested too deeply") from error
+            except SystemError:
+                n_disturbances += 1
+                if n_disturbances > _DISTURBANCES:
+                    raise
 
 
 def _normalised(path: str, text: str) -> str:

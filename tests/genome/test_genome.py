@@ -1,5 +1,6 @@
 """Genomes are known by their content, and their patches apply."""
 
+import ast
 import json
 import subprocess
 from pathlib import Path
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darwin_exp.gates import objection
-from darwin_exp.genome import Genome
+from darwin_exp.genome import Genome, parse_python
 from darwin_exp.individual import Reason
 
 BASE = {"train.py": "x = 1\n", "model.py": "y = 2\n", "settings.json": '{"a": 1}'}
@@ -175,3 +176,28 @@ def test_a_rewrite_may_import_its_own_files_and_what_is_installed() -> None:
     code = "import math\nimport torch.nn.functional as F\nimport layers\nfrom .parts import x\n"
     child = parent.with_files({"train.py": code, "layers.py": "y = 1\n", "parts/x.py": "z = 1\n"})
     assert objection(child, parent) is None
+
+
+@pytest.mark.parametrize("code", ["-" * 7000 + "1", "not " * 7000 + "1", "(" * 300 + ")" * 300])
+def test_code_that_is_nested_too_deeply_is_turned_down_and_breaks_nothing(code: str) -> None:
+    parent = Genome.of(BASE)
+    found = objection(parent.with_files({"train.py": f"x = {code}\n"}), parent)
+    assert found is not None
+    assert found[0] is Reason.SYNTAX
+
+
+def test_a_parsing_that_another_thread_disturbed_is_done_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, disturbed = ast.parse, [SystemError("recursion depth mismatch")] * 3
+
+    def parse(text: str) -> ast.Module:
+        if disturbed:
+            raise disturbed.pop()
+        return real(text)
+
+    monkeypatch.setattr(ast, "parse", parse)
+    assert isinstance(parse_python("x = 1"), ast.Module)
+    disturbed += [SystemError("recursion depth mismatch")] * 100
+    with pytest.raises(SystemError):
+        parse_python("x = 1")
