@@ -261,7 +261,8 @@ class _Lives:
     def has_begun(self, generation: int) -> bool:
         """Tell whether the journal holds anything of a generation."""
         prefix = name_of(generation, 0).partition("-")[0] + "-"
-        return any(event.key.startswith(prefix) for event in self.parts.journal.of_kind("gate"))
+        begun = (*self.parts.journal.of_kind("gate"), *self.parts.journal.of_kind("proposal"))
+        return any(event.key.startswith(prefix) for event in begun)
 
     def are_stagnant(self) -> bool:
         """Tell whether the best has stood still for as many generations as the plan bears."""
