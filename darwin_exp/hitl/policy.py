@@ -1,0 +1,145 @@
+"""What people are asked at all, and what may be done with what they approve.
+
+Reads: requests. Never: lets anything pass by rule that a person must decide (G9): data, scripts,
+the tree of files, libraries, resources and budgets.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from darwin_exp.hitl.asked import NEVER_AUTOMATIC, Decision, Refused, Request, RequestType
+
+MOST_DATASET_MB = 2_048
+_DATASET_WORDS = ("source", "path", "licence")  # texts that an exact wish must hold
+
+
+class PolicyError(ValueError):
+    """The policy is impossible; the message names the key and the cure."""
+
+
+class Way(Enum):
+    """What is done with a kind of request."""
+
+    ASK = "ask"  # people decide
+    DENY = "deny"  # refused at once, and recorded
+    AUTO = "auto"  # granted at once, and recorded; for what harms nobody
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is done with each kind of request, and how long a run waits for people.
+
+    Attributes:
+        ways: by kind; a kind that is not named is asked.
+        block: whether whoever asked waits for the answer.
+        deadline_seconds: after which silence means no; None waits for ever without blocking.
+
+    Raises:
+        PolicyError: a kind would pass by rule that a person must decide, or a run would wait
+            without an end.
+    """
+
+    ways: Mapping[RequestType, Way] = field(default_factory=dict)
+    block: bool = False
+    deadline_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for kind, way in self.ways.items():
+            if way is Way.AUTO and kind in NEVER_AUTOMATIC:
+                raise PolicyError(
+                    f"hitl.policy.{kind.value}=auto: a person must decide on that, whatever else "
+                    "runs by itself; choose ask or deny"
+                )
+        seconds = self.deadline_seconds
+        if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
+            raise PolicyError(f"hitl.deadline_seconds={seconds:g} must be above zero")
+        if self.block and seconds is None:
+            raise PolicyError(
+                "hitl.block=true would wait for ever where nobody looks; say after how long "
+                "silence means no with hitl.deadline_seconds=3600"
+            )
+
+    @classmethod
+    def of(
+        cls, ways: Mapping[str, str], block: bool = False, deadline_seconds: float | None = None
+    ) -> Policy:
+        """Return the policy that a configuration describes.
+
+        Raises:
+            PolicyError: it names a kind or a way that does not exist, or is impossible.
+        """
+        read: dict[RequestType, Way] = {}
+        for name, way in ways.items():
+            try:
+                read[RequestType(name)] = Way(way)
+            except ValueError as error:
+                kinds = ", ".join(kind.value for kind in RequestType)
+                raise PolicyError(
+                    f"hitl.policy.{name}={way}: the kinds are {kinds}, and each is ask, deny or "
+                    "auto"
+                ) from error
+        return cls(read, block, deadline_seconds)
+
+    def way(self, kind: RequestType) -> Way:
+        """Return what is done with a kind of request."""
+        return self.ways.get(kind, Way.ASK)
+
+    def decides(self, request: Request) -> Decision | None:
+        """Return what the policy answers by itself; None where people are asked."""
+        way = self.way(request.type)
+        if way is Way.ASK:
+            return None
+        return Decision.APPROVE if way is Way.AUTO else Decision.DENY
+
+
+@dataclass(frozen=True)
+class DatasetWish:
+    """An additional training text, told exactly enough to be fetched (G4).
+
+    It is training text and nothing else: val, gate and test cannot be named, let alone replaced.
+
+    Attributes:
+        source: a way of getting text that the configuration allows, such as textdir.
+        path: which one: a folder, a file, or a name of the source's.
+        licence: under which the text may be used, in words; it is kept with the data.
+        most_mb: how large the text may be.
+    """
+
+    source: str
+    path: str
+    licence: str
+    most_mb: int
+
+    @classmethod
+    def read(cls, content: str, sources: Collection[str]) -> DatasetWish:
+        """Read the content of an approved request.
+
+        Args:
+            sources: what `hitl.dataset_sources` allows.
+
+        Raises:
+            Refused: it is not exact, its source is not allowed, or it is too large. A person can
+                answer with a change that is.
+        """
+        form = '{"source": ..., "path": ..., "licence": ..., "most_mb": ...}'
+        try:
+            told = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise Refused(f"a data set is told exactly as {form}") from error
+        if not isinstance(told, dict) or set(told) != {*_DATASET_WORDS, "most_mb"}:
+            raise Refused(f"a data set is told exactly as {form}, with nothing more or less")
+        for name in _DATASET_WORDS:
+            if not isinstance(told[name], str) or not told[name].strip():
+                raise Refused(f'the "{name}" of a data set is some text')
+        most = told["most_mb"]
+        if type(most) is not int or not 0 < most <= MOST_DATASET_MB:
+            raise Refused(f'"most_mb" is a whole number up to {MOST_DATASET_MB:,}')
+        if told["source"] not in sources:
+            allowed = ", ".join(sorted(sources)) or "none"
+            raise Refused(f"the source {told['source']!r} is not allowed; allowed: {allowed}")
+        return cls(told["source"], told["path"], told["licence"], most)

@@ -1,0 +1,217 @@
+"""The web door in a real browser: what is asked appears, is read and approved, on a phone too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from darwin_exp.hitl.requests import RequestType, State, fold
+from tests.hitl.served import PATCH, Served, wait_for
+from tests.report.long_journal import LongJournal
+from tests.report.test_report_in_browser import CHROMIUM, Browser
+
+HOSTILE = "</script><script>document.title='owned'</script><img src=//a.test/x onerror=alert(1)>"
+PAGES = ("/", "/run", "/lineage", "/agents", "/agents/g01-i02", "/guidance", "/audit")
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed"),
+]
+
+
+class Tab:
+    """One tab of a browser that was let in by the link."""
+
+    def __init__(self, browser: Browser, page: Served) -> None:
+        self.browser, self.page = browser, page
+        target = browser.call("Target.createTarget", url="about:blank")["targetId"]
+        attached = browser.call("Target.attachToTarget", targetId=target, flatten=True)
+        browser.session = attached["sessionId"]
+        for domain in ("Page", "Network", "Runtime", "Log"):
+            browser.call(f"{domain}.enable")
+        browser.call("Page.navigate", url=page.door.link)
+        wait_for(lambda: self.ask("location.pathname") == "/")
+
+    def ask(self, expression: str) -> Any:
+        return self.browser.ask(expression)
+
+    def visit(self, path: str) -> None:
+        """Open an address and wait until it is there, its script included."""
+        self.browser.call("Page.navigate", url=self.page.origin + path)
+        self.wait_until(f"location.pathname + location.search === {path!r}")
+
+    def wait_until(self, condition: str) -> None:
+        """Wait until an expression holds in a page that is loaded."""
+        ready = "document.readyState === 'complete' && !document.getElementById('theme')?.hidden"
+        wait_for(lambda: self.ask(f"Boolean({ready} && ({condition}))"))
+
+    def click(self, selector: str) -> None:
+        """Click on what a selector finds, with the mouse's own event."""
+        self.wait_until(f"document.querySelector({selector!r})")
+        self.ask(f"document.querySelector({selector!r}).click()")
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    folder = tmp_path_factory.mktemp("browser")
+    run = LongJournal(folder / "run", 80, 4, failing=0.1, hostile=HOSTILE).write("search")
+    with Served(run) as page:
+        chromium = Browser(folder / "profile")
+        try:
+            yield Tab(chromium, page)
+        finally:
+            chromium.close()
+
+
+def test_g2_a_request_appears_is_read_and_approved_by_its_hash(tab: Tab) -> None:
+    tab.visit("/")
+    request = tab.page.ask("wikitext-103\nlicence CC BY-SA", reason=f"more text {HOSTILE}")
+    address = f"/requests/{request.request_id}"
+    link = f"a.what[href='{address}']"
+    tab.wait_until(f"document.querySelector({link!r})")  # by itself: the page was open before
+    tab.wait_until("document.title.startsWith('(1) ')")
+    tab.click(link)
+    tab.wait_until(f"location.pathname === {address!r}")
+    shown = "[...document.querySelectorAll('.exact pre')].map(one => one.textContent)"
+    assert tab.ask(shown) == ["wikitext-103\nlicence CC BY-SA"]
+    assert request.content_hash in tab.ask("document.body.textContent")
+    tab.click("button[value='approve']")
+    tab.wait_until("document.querySelector('.pill.yes')?.textContent === 'approved'")
+    standing = fold(tab.page.inbox.entries(), tab.page.run_folder.name).requests[request.request_id]
+    assert standing.state is State.APPROVED
+    assert standing.granted_content == request.content
+    assert standing.history[-1].payload["content_hash"] == request.content_hash
+    assert standing.history[-1].author.door == "web"
+
+
+def test_another_content_is_granted_as_it_was_typed(tab: Tab) -> None:
+    request = tab.page.ask("\nfirst line is empty\n  500 MB", RequestType.RESOURCES)
+    address = f"/requests/{request.request_id}"
+    tab.visit(address)
+    tab.click("#change summary")
+    typed = "document.querySelector('textarea[name=content]')"
+    assert tab.ask(f"{typed}.value") == request.content
+    tab.ask(f"{typed}.value = {typed}.value.replace('500', '50')")
+    tab.click("button[value='change']")
+    tab.wait_until("document.querySelector('.pill.yes')")
+    standing = fold(tab.page.inbox.entries(), tab.page.run_folder.name).requests[request.request_id]
+    assert standing.state is State.CHANGED
+    assert standing.granted_content == "\nfirst line is empty\n  50 MB"
+
+
+def test_a_rewrite_is_read_as_a_coloured_patch(tab: Tab) -> None:
+    request = tab.page.ask(PATCH, RequestType.EDIT)
+    tab.visit(f"/requests/{request.request_id}")
+    colour = "getComputedStyle(document.querySelector('tr.{}')).backgroundColor"
+    assert tab.ask(colour.format("added")) != tab.ask(colour.format("removed"))
+    tab.click("button[value='deny']")
+    tab.wait_until("document.querySelector('.pill.no')?.textContent === 'denied'")
+
+
+def test_everything_is_reached_by_keys_alone(tab: Tab) -> None:
+    request = tab.page.ask("by keys", RequestType.QUESTION)
+    tab.visit("/")
+    tab.wait_until("document.querySelector('.requests a.what')")
+    for kind in ("keyDown", "keyUp"):
+        tab.browser.call("Input.dispatchKeyEvent", type=kind, key="j", text="j", code="KeyJ")
+    tab.wait_until("document.activeElement.matches('a.what')")
+    for kind in ("keyDown", "keyUp"):
+        tab.browser.call(
+            "Input.dispatchKeyEvent",
+            type=kind,
+            key="Enter",
+            text="\r",
+            code="Enter",
+            windowsVirtualKeyCode=13,
+        )
+    tab.wait_until(f"location.pathname === '/requests/{request.request_id}'")
+    unlabelled = (
+        "[...document.querySelectorAll('input:not([type=hidden]), textarea, select')]"
+        ".filter(one => !one.labels.length && !one.ariaLabel).length"
+    )
+    assert tab.ask(unlabelled) == 0
+
+
+def test_a_note_typed_while_the_page_refreshes_is_not_lost(tab: Tab) -> None:
+    tab.visit("/guidance")
+    typed = "document.querySelector('textarea[name=text]')"
+    tab.ask(f"{typed}.focus(); {typed}.value = 'half a tho'")
+    answers = len(tab.browser.heard)
+    wait_for(lambda: tab.ask("1") and heard_live(tab, answers) >= 2)
+    assert tab.ask(f"{typed}.value") == "half a tho"
+
+
+def heard_live(tab: Tab, since: int) -> int:
+    return sum(
+        event.get("method") == "Network.responseReceived"
+        and "/live/" in event["params"]["response"]["url"]
+        for event in tab.browser.heard[since:]
+    )
+
+
+def test_no_page_asks_another_host_or_has_errors(tab: Tab) -> None:
+    for path in PAGES:
+        tab.visit(path)
+        assert tab.ask("document.title").endswith("– DARWIN")
+    requests = [
+        event["params"]["request"]["url"]
+        for event in tab.browser.heard
+        if event.get("method") == "Network.requestWillBeSent"
+    ]
+    assert {url.split("/")[2] for url in requests if not url.startswith("data:")} == {tab.page.host}
+    complaints = [
+        event
+        for event in tab.browser.heard
+        if event.get("method")
+        in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+    ]
+    assert complaints == []
+
+
+def test_charts_are_drawn_and_lead_to_agents(tab: Tab) -> None:
+    tab.visit("/run")
+    charts = "[...document.querySelectorAll('svg.chart')]"
+    assert tab.ask(f"{charts}.length") == 3
+    assert tab.ask(f"{charts}.every(one => one.clientHeight > 40)")
+    tab.ask(
+        "document.querySelector('svg a').dispatchEvent(new MouseEvent('click', {bubbles: true}))"
+    )
+    tab.wait_until("location.pathname.startsWith('/agents/g')")
+
+
+def test_light_and_dark_can_be_chosen(tab: Tab) -> None:
+    tab.visit("/")
+    colour = "getComputedStyle(document.body).backgroundColor"
+    before = tab.ask(colour)
+    tab.click("#theme")
+    assert tab.ask(colour) != before
+    tab.visit("/run")
+    assert tab.ask(colour) != before, "it is remembered"
+    tab.click("#theme")
+    assert tab.ask(colour) == before
+
+
+def test_a_phone_scrolls_within_charts_and_tables_only(tab: Tab) -> None:
+    request = tab.page.ask("on a phone", RequestType.LIBRARY)
+    tab.browser.call(
+        "Emulation.setDeviceMetricsOverride",
+        width=390,
+        height=800,
+        deviceScaleFactor=2,
+        mobile=True,
+    )
+    try:
+        for path in (*PAGES, f"/requests/{request.request_id}"):
+            tab.visit(path)
+            overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+            assert tab.ask(overflow) == 0, path
+    finally:
+        tab.browser.call("Emulation.clearDeviceMetricsOverride")
+
+
+def test_the_end_of_serve_is_told(tab: Tab) -> None:
+    tab.visit("/")
+    tab.page.server.should_exit = True
+    tab.wait_until("document.getElementById('connection').textContent.includes('does not answer')")
