@@ -29,6 +29,8 @@ class Archive:
         best_by_generation: highest fitness among the living at the end of each generation.
         noise_sd: standard deviation of the base's repeated fitness, as it stood when the last
             generation was closed; None until it is known.
+        environment: in which individuals are measured; what was measured in earlier ones is
+            compared with nobody any more.
     """
 
     def __init__(
@@ -51,14 +53,28 @@ class Archive:
         self.base: Individual | None = None
         self.best_by_generation: list[float] = []
         self.noise_sd: float | None = None
+        self.environment = 0
+        self._n_closed_before = 0  # generations, when the environment was opened
+
+    @property
+    def comparable_bests(self) -> list[float]:
+        """Those of `best_by_generation` that were measured in this environment."""
+        return self.best_by_generation[self._n_closed_before :]
 
     def everyone(self) -> dict[str, Individual]:
         """Return all individuals so far, by name."""
         with self._mutex:
             return dict(self._individuals)
 
-    def judged(self, individual: Individual, result: JobResult, attempts: int) -> Individual:
-        """Return an individual with what its last trial found."""
+    def judged(
+        self, individual: Individual, result: JobResult, attempts: int, is_new_base: bool = False
+    ) -> Individual:
+        """Return an individual with what its last trial found.
+
+        Args:
+            is_new_base: whether others will be compared with it, and it with nobody.
+        """
+        base = None if is_new_base else self.base
         outcome, scored = result.outcome, result.evaluation
         is_ok = scored is not None and scored.status is Status.OK
         metrics = scored.metrics if scored is not None and is_ok else {}
@@ -71,9 +87,7 @@ class Archive:
             metrics=metrics,
             rates=rates,
             fitness=(
-                self._fitness(metrics, rates, self.base, is_base=individual is self.base)
-                if is_ok
-                else None
+                self._fitness(metrics, rates, base, is_base=individual is base) if is_ok else None
             ),
             attempts=attempts,
             contended=result.contended,
@@ -89,6 +103,58 @@ class Archive:
         if again.fitness is not None:
             with self._mutex:
                 self._base_fitness.append(again.fitness)
+
+    # --- another environment ---------------------------------------------------------------------
+
+    def enter(self, environment: int) -> None:
+        """Compare nobody any more with what was measured before a new environment."""
+        with self._mutex:
+            self._individuals = {
+                name: replace(one, fitness=None, metrics={}, rates={})
+                for name, one in self._individuals.items()
+            }
+            self._base_fitness = []
+        self.environment = environment
+        self._n_closed_before = len(self.best_by_generation)
+        self.noise_sd = None
+
+    def record_again(self, individual: Individual, result: JobResult) -> None:
+        """Write down what an individual came to in this environment, once.
+
+        It keeps the status that it was made with; one that fails here lives no longer.
+        """
+        name = individual.individual_id
+        self._journal.once(
+            "remeasured",
+            f"e{self.environment}/{name}",
+            lambda: (
+                {
+                    "reason": individual.reason.value,
+                    "message": individual.message,
+                    "metrics": dict(individual.metrics),
+                    "fitness": individual.fitness,
+                },
+                {
+                    "rates": dict(individual.rates),
+                    "contended": individual.contended,
+                    **_times(result),
+                },
+            ),
+            given={
+                "individual_id": name,
+                "environment": self.environment,
+                "genome_id": individual.genome.id,
+                "status": individual.status.value,
+            },
+        )
+        with self._mutex:
+            before = self._individuals[name]
+            self._individuals[name] = replace(
+                before,
+                metrics=individual.metrics,
+                rates=individual.rates,
+                fitness=individual.fitness,
+            )
 
     # --- one individual --------------------------------------------------------------------------
 
@@ -121,7 +187,11 @@ class Archive:
             "individual",
             name,
             lambda: (
-                {**_payload(individual), "expected_effect": expected_effect},
+                {
+                    **_payload(individual),
+                    "expected_effect": expected_effect,
+                    **self._where,
+                },
                 {
                     "rates": dict(individual.rates),
                     "contended": individual.contended,
@@ -179,6 +249,7 @@ class Archive:
             lambda: (
                 {
                     "generation": generation,
+                    **self._where,
                     "population": [agent.individual_id for agent in population],
                     "survivors": [agent.individual_id for agent in survivors],
                     "best": {**_means([best], "metrics"), "fitness": best.fitness},
@@ -214,6 +285,11 @@ class Archive:
             z_score=z_score(effect, noise),
             error="" if child.is_ok else f"{child.reason.value}: {child.message}",
         )
+
+    @property
+    def _where(self) -> dict[str, int]:
+        """What events tell of the environment; nothing in the one that the run began in."""
+        return {"environment": self.environment} if self.environment else {}
 
     def _drop_checkpoints(self, living: Sequence[Individual]) -> None:
         if self._keep_all or self.base is None:

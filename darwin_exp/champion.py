@@ -17,11 +17,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from darwin_exp.chronicle import Agent, Chronicle
+from darwin_exp.chronicle import Agent, Chronicle, Environment, environment_of
+from darwin_exp.conditions import Conditions, ExtraFile
 from darwin_exp.config import CONF, PROJECT
 from darwin_exp.genome import OUTPUT_FOLDER
 from darwin_exp.individual import DataSpec, Edit, Genome, TrainingSpec
 from darwin_exp.protocols import Event
+from darwin_exp.report.people import surroundings_in_words
 from darwin_exp.wording import clean, number
 
 PATCH, JOB, README = "champion.patch", "job.json", "README.md"
@@ -39,7 +41,8 @@ def leave_champion(
 
     Args:
         summary: as in summary.json; it decides who is champion.
-        training: how the run trains every genome; the seed is replaced by the champion's own.
+        data: the run's own; what people granted besides is taken from the journal.
+        training: how the run trained at first; the seed is replaced by the champion's own.
 
     Raises:
         OSError: the folder cannot be written.
@@ -51,11 +54,12 @@ def leave_champion(
     folder = run_folder / "champion"
     trained = _search_job(chronicle, champion)
     seed = training.seed if trained is None else trained.payload["seed"]
+    granted = _conditions(chronicle.claimed_in)
     leave_product(
         folder,
         chronicle.genome_of(champion.individual_id),
         chronicle.base_genome,
-        job_file(data, training, seed),
+        job_file(granted.data(data), granted.training(training), seed),
         _readme(folder, chronicle, champion, summary),
     )
 
@@ -72,7 +76,7 @@ def job_file(data: DataSpec, training: TrainingSpec, seed: int) -> dict[str, Any
         "context_length": training.context_length,
         "train": str((data.folder / "train.bin").resolve()),
         "token_bytes": data.token_bytes,
-        "extra_train": [],
+        "extra_train": [str(path.resolve()) for path in data.extra_train],
         "out": OUTPUT_FOLDER,
     }
 
@@ -157,14 +161,31 @@ def _write(path: Path, text: str) -> Path:
 
 
 def _search_job(chronicle: Chronicle, champion: Agent) -> Event | None:
-    """Return the training by which an individual was judged in the search."""
+    """Return the training by which an individual was judged in the environment of the claim."""
+    here = chronicle.claimed_in.index
     for event in chronicle.of_kind("job"):
+        if environment_of(event) != here:
+            continue
         ours = event.payload["individual_id"] == champion.individual_id
         same_code = event.payload["genome_id"] == champion.genome_id
         judged = event.payload.get("purpose") in ("search", "base_repeat")
         if ours and judged and same_code and event.payload["status"] == "OK":
             return event
     return None
+
+
+def _conditions(environment: Environment) -> Conditions:
+    """Return what an environment changes of the run's own, as far as a training by hand can."""
+    told = environment.changed
+    extra = tuple(
+        ExtraFile(one["file"], one["content_hash"]) for one in told.get("extra_train", ())
+    )
+    return Conditions(
+        extra,
+        budget_seconds=told.get("budget_seconds"),
+        max_steps=told.get("max_steps"),
+        memory_mb=told.get("memory_mb"),
+    )
 
 
 # --- README.md -----------------------------------------------------------------------------------
@@ -192,6 +213,7 @@ def _readme(folder: Path, chronicle: Chronicle, champion: Agent, summary: Mappin
         "",
         *_edit_lines(champion.edits),
         "",
+        *_environment_lines(chronicle),
         "## Train it",
         "",
         *_code("cd " + _shown(folder), f"python train.py {JOB}"),
@@ -218,6 +240,36 @@ def _readme(folder: Path, chronicle: Chronicle, champion: Agent, summary: Mappin
         "parts that do not pay are named.",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _environment_lines(chronicle: Chronicle) -> list[str]:
+    """Say what people granted of that in which base and champion were measured."""
+    here = chronicle.claimed_in
+    if not here.index:
+        return []
+    changed = surroundings_in_words(chronicle, here)
+    lines = [f"- {clean(words)}" for words in changed] or [
+        "- nothing any more: the run's own again"
+    ]
+    extra = [f"- `{_shown(Path(one['file']))}`" for one in here.changed.get("extra_train", ())]
+    if extra:
+        lines += [
+            "",
+            f"`{JOB}` names the files of that text, which are prepared already:",
+            "",
+            *extra,
+        ]
+    return [
+        "## What it was measured with",
+        "",
+        f"Base and champion were both measured in environment {here.index}, opened for",
+        f"generation {here.generation} (`{clean(here.environment_id)}`). What people granted:",
+        "",
+        *lines,
+        "",
+        "An evolution that is begun anew, as below, begins without it.",
+        "",
+    ]
 
 
 def _measured_lines(summary: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,9 @@ Reads: the events of one journal. Writes: nothing.
 Never: asks a file, MLflow or the configuration for what the journal holds; fills in what was not
 measured.
 
-Report, comparison and ablation read runs through this one fold, so that they agree.
+Report, comparison and ablation read runs through this one fold, so that they agree. What people
+grant may change what a run is measured in; each such change opens an environment, and nothing is
+compared across two of them.
 """
 
 from __future__ import annotations
@@ -13,58 +15,25 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from darwin_exp.individual import Edit, Genome, Status
+from darwin_exp.individual import Genome
 from darwin_exp.journal import load
 from darwin_exp.protocols import Event
+from darwin_exp.recorded import (
+    Agent,
+    Environment,
+    Measurement,
+    agent_told,
+    environment_at,
+    environment_of,
+    environment_told,
+    measurements,
+)
 
-
-@dataclass(frozen=True)
-class Agent:
-    """One individual as it was recorded.
-
-    Attributes:
-        edits: from the base genome to this one, oldest first.
-        new_edits: those of them that it added to its parent.
-        values: metrics and rates by name; a re-timed rate has replaced the searched one.
-        seconds: startup, training, scoring, overhead and total of its last training, if any.
-        finished_at: seconds since the epoch.
-    """
-
-    individual_id: str
-    generation: int
-    slot: int
-    parent_ids: tuple[str, ...]
-    editor_id: str | None
-    edits: tuple[Edit, ...]
-    new_edits: tuple[Edit, ...]
-    summary: str
-    expected_effect: str
-    status: Status
-    reason: str
-    message: str
-    values: Mapping[str, float]
-    fitness: float | None
-    genome_id: str
-    attempts: int
-    repaired: bool
-    contended: bool
-    seconds: Mapping[str, float]
-    finished_at: float
-
-    @property
-    def is_ok(self) -> bool:
-        return self.status is Status.OK
-
-    @property
-    def is_base(self) -> bool:
-        return self.editor_id is None
-
-    def value(self, name: str) -> float | None:
-        """Return a metric or rate, or None where it was not measured."""
-        return self.values.get(name)
+__all__ = ["Agent", "Chronicle", "Environment", "Measurement", "environment_at", "environment_of"]
 
 
 @dataclass(frozen=True)
@@ -101,12 +70,8 @@ class Chronicle:
         begun = next((event for event in events if event.kind == "run"), None)
         if begun is None:
             raise ValueError("the run had not begun: its journal holds no measurement yet")
-        retimed = {  # an individual's last counts
-            event.payload["individual_id"]: event.measured
-            for event in events
-            if event.kind == "retimed"
-        }
-        agents = [_agent(event, retimed) for event in events if event.kind == "individual"]
+        measured = measurements(events)
+        agents = [agent_told(event, measured) for event in events if event.kind == "individual"]
         agents.sort(key=lambda agent: not agent.is_base)
         by_id = {agent.individual_id: agent for agent in agents}
         return cls(str(begun.measured["run_id"]), tuple(events), tuple(agents), by_id)
@@ -144,6 +109,27 @@ class Chronicle:
         """Yield the events of a kind, in order."""
         return (event for event in self.events if event.kind == kind)
 
+    # --- what it was measured in ------------------------------------------------------------------
+
+    @cached_property
+    def environments(self) -> tuple[Environment, ...]:
+        """All of them, in order; a run in which nobody granted anything has one."""
+        return (
+            Environment(0, str(self.begun.payload.get("environment_id") or ""), 0),
+            *map(environment_told, self.of_kind("environment")),
+        )
+
+    @property
+    def current(self) -> Environment:
+        """The environment that everything is compared in: the last."""
+        return self.environments[-1]
+
+    @cached_property
+    def claimed_in(self) -> Environment:
+        """The environment that was current at the last claim; before any, the last."""
+        index = environment_at(self.events, self.closing)
+        return next(one for one in self.environments if one.index == index)
+
     # --- who lived -------------------------------------------------------------------------------
 
     def agent(self, individual_id: str) -> Agent | None:
@@ -166,10 +152,10 @@ class Chronicle:
 
     @property
     def selected(self) -> Agent | None:
-        """Whom the run selected at its end; before that, the fittest so far."""
+        """Whom the run selected at its end; before that, the fittest in the last environment."""
         if self.closing is not None:
             return self.agent(self.closing.payload["selected_id"])
-        ok = [agent for agent in self.agents if agent.fitness is not None]
+        ok = [agent for agent in self.compared if agent.fitness is not None]
         # Compared with None, because a fitness of 0 is one: the base's, where they are weighted.
         return max(
             ok,
@@ -177,24 +163,56 @@ class Chronicle:
             default=None,
         )
 
-    @cached_property
+    @property
+    def compared(self) -> tuple[Agent, ...]:
+        """Those who were measured in the last environment, the base first."""
+        last = self.current.index
+        return tuple(agent for agent in self.agents if agent.environment == last)
+
+    @property
     def base_repeats(self) -> tuple[Event, ...]:
         """The OK trainings of the base that measure the noise floor, the first included."""
-        return tuple(
-            event
-            for event in self.of_kind("job")
-            if event.payload["purpose"] == "base_repeat" and event.payload["status"] == "OK"
-        )
+        return self.base_repeats_in(self.current.index)
+
+    def base_repeats_in(self, environment: int) -> tuple[Event, ...]:
+        """Return the OK trainings of the base in an environment."""
+        return self._base_repeats.get(environment, ())
+
+    @cached_property
+    def _base_repeats(self) -> dict[int, tuple[Event, ...]]:
+        found: dict[int, tuple[Event, ...]] = {}
+        for event in self.of_kind("job"):
+            if event.payload["purpose"] == "base_repeat" and event.payload["status"] == "OK":
+                k = environment_of(event)
+                found[k] = (*found.get(k, ()), event)
+        return found
 
     def best_so_far(self) -> list[float | None]:
-        """Return the highest fitness after each finished rewrite, the base's before any."""
-        best = self.base.fitness if self.base else None
-        curve = [best]
-        for agent in self.rewrites:
-            if agent.fitness is not None and (best is None or agent.fitness > best):
-                best = agent.fitness
-            curve.append(best)
+        """Return the highest fitness after each finished rewrite, the base's before any.
+
+        It begins anew with each environment: where one was opened, with the best of those who
+        were measured again.
+        """
+        curve: list[float | None] = []
+        for began, values in self.best_by_environment():
+            curve[began:] = values
         return curve
+
+    def best_by_environment(self) -> list[tuple[int, list[float | None]]]:
+        """Return of each environment the rewrites finished before it, and its best so far.
+
+        The first value is of the base and those measured again; then one after each rewrite.
+        """
+        opened = {environment.index: 0 for environment in self.environments}
+        made: dict[int, list[float | None]] = {k: [] for k in opened}
+        again: dict[int, list[float | None]] = {k: [] for k in opened}
+        for agent in self.agents:
+            for k, found in agent.measurements.items():
+                is_new = k == agent.made_in and not agent.is_base
+                (made if is_new else again)[k].append(found.fitness)
+        for before, k in pairwise(opened):
+            opened[k] = opened[before] + len(made[before])
+        return [(opened[k], _highest(again[k], made[k])) for k in opened]
 
     # --- what they were --------------------------------------------------------------------------
 
@@ -236,37 +254,12 @@ class Chronicle:
         return found
 
 
-def _agent(event: Event, retimed: Mapping[str, Mapping[str, Any]]) -> Agent:
-    payload, measured = event.payload, event.measured
-    name = str(payload["individual_id"])
-    edits = tuple(Edit(**edit) for edit in payload["edits"])
-    again = retimed.get(name, {})
-    rates = {**measured.get("rates", {})}
-    rates |= {rate: again[rate] for rate in ("mfu", "tokens_per_second") if rate in again}
-    suffix = "_seconds"
-    return Agent(
-        individual_id=name,
-        generation=payload["generation"],
-        slot=payload["slot"],
-        parent_ids=tuple(payload["parent_ids"]),
-        editor_id=payload["editor_id"],
-        edits=edits,
-        new_edits=edits[len(edits) - payload["n_new_edits"] :],
-        summary=payload["summary"],
-        expected_effect=payload.get("expected_effect") or "",
-        status=Status(payload["status"]),
-        reason=payload["reason"],
-        message=payload["message"],
-        values=payload["metrics"] | {k: v for k, v in rates.items() if v is not None},
-        fitness=payload["fitness"],
-        genome_id=payload["genome_id"],
-        attempts=payload["attempts"],
-        repaired=payload["repaired"],
-        contended=bool(measured.get("contended")),
-        seconds={
-            key.removesuffix(suffix): value
-            for key, value in measured.items()
-            if key.endswith(suffix) and isinstance(value, int | float)
-        },
-        finished_at=event.written_at,
-    )
+def _highest(before: Sequence[float | None], then: Sequence[float | None]) -> list[float | None]:
+    """Return the highest of some, and then after each of the others."""
+    best = max((one for one in before if one is not None), default=None)
+    curve = [best]
+    for one in then:
+        if one is not None and (best is None or one > best):
+            best = one
+        curve.append(best)
+    return curve

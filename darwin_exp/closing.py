@@ -53,6 +53,8 @@ class Closing:
         fitness: what decides who is selected, once rates have been timed again.
         has_test: whether the data set has a test split to read.
         max_steps: the run's own number of steps; None where the clock ends a training.
+        may_be_champion: told an individual, the base and the closing's key; whether people let it
+            be what the run claims.
     """
 
     trials: Trials
@@ -64,6 +66,7 @@ class Closing:
     fitness: Fitness
     has_test: bool
     max_steps: int | None = None
+    may_be_champion: Callable[[Individual, Individual, str], bool] = lambda *_: True
 
     def close(self, archive: Mapping[str, Individual], base: Individual, last: int) -> None:
         """Select the best of the archive, re-time the best trade-offs and make the claim.
@@ -75,13 +78,14 @@ class Closing:
         if self.journal.find("claim", key) is not None:
             return  # closed before, perhaps by rules that have changed since
         ok = [one for one in archive.values() if one.fitness is not None]
-        selected = max(ok, key=lambda one: (one.fitness, one is base))
+        ok.sort(key=lambda one: (one.fitness, one is base), reverse=True)
+        selected = self._first_allowed(ok, base, key)
         front = pareto_front(ok, ("val_perplexity", "mfu"))
         timed = {one.individual_id: one for one in (base, selected, *front)}
         found = self._retime(list(timed.values()), key, "retime")
         if self.n_timings > 1:
             # What was selected by these timings is timed once more: they were partly luck.
-            selected = self._fittest(base, found)
+            selected = self._first_allowed(self._by_fitness(base, found), base, key)
             pair = list({one.individual_id: one for one in (base, selected)}.values())
             self._retime(pair, key, "retime-claim")
         self._claim(base, selected, last, key)
@@ -258,8 +262,8 @@ class Closing:
             after[name] = replace(one, rates=rates)
         return after
 
-    def _fittest(self, base: Individual, timed: Mapping[str, Individual]) -> Individual:
-        """Return the fittest of those that were timed again, by what was found then.
+    def _by_fitness(self, base: Individual, timed: Mapping[str, Individual]) -> list[Individual]:
+        """Return those that were timed again, the fittest by what was found then first.
 
         A fitness that looks at rates would else choose whoever met the quietest machine.
         """
@@ -270,8 +274,14 @@ class Closing:
             value = self.fitness(one.metrics, one.rates, again, is_base=is_base)
             return (-math.inf if value is None else value, is_base)
 
-        fittest = max(timed.values(), key=fitness)
-        return base if fittest is again else fittest
+        in_order = sorted(timed.values(), key=fitness, reverse=True)
+        return [base if one is again else one for one in in_order]
+
+    def _first_allowed(
+        self, in_order: Sequence[Individual], base: Individual, key: str
+    ) -> Individual:
+        """Return the first that people let be the champion; the base always may be selected."""
+        return next(one for one in in_order if one is base or self.may_be_champion(one, base, key))
 
     def _time(self, individual: Individual, stage: str, examined: bool) -> list[JobResult]:
         """Make the two runs of one timing; none where there is no rate to be replaced.
@@ -313,11 +323,12 @@ class Closing:
         return (statistics.median(steps), statistics.median(seconds)) if searched else (0.0, 0.0)
 
     def _searched(self, individual: Individual) -> list[Event]:
-        """Return the jobs that scored an individual in the search."""
+        """Return the jobs that scored an individual in the search, in this environment."""
         return [
             event
             for event in self.journal.of_kind("job")
             if event.payload["individual_id"] == individual.individual_id
+            and event.payload.get("environment", 0) == self.trials.environment
             and event.payload["split"] == "val"
             and event.payload["status"] == Status.OK.value
         ]

@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -146,6 +148,9 @@ def check(config: DarwinConfig) -> None:
         except ValueError as error:
             raise ConfigError("integrity.key must be hexadecimal digits, or null") from error
     _check_splits(config.dataset.splits)
+    _at_least("hitl.ordinary_lines", config.hitl.ordinary_lines, 0)
+    if config.hitl.stuck_generations is not None:
+        _at_least("hitl.stuck_generations", config.hitl.stuck_generations, 1)
 
 
 def _check_containers(box: DockerConfig) -> None:
@@ -307,7 +312,7 @@ def from_yaml(path: Path, overrides: list[str], chosen: Mapping[str, Any]) -> Da
         chosen: the composed node of each group whose variant was named on the command line.
 
     Raises:
-        ConfigError: the file is damaged.
+        ConfigError: the file is damaged, or an override cannot be read.
         OmegaConfBaseException: an override does not fit (see guidance.explain).
     """
     try:
@@ -329,6 +334,26 @@ def from_yaml(path: Path, overrides: list[str], chosen: Mapping[str, Any]) -> Da
             recorded[group] = chosen[group]
             names[group] = str(chosen[group].get("name", group))
         tree[group] = OmegaConf.structured(schema_of(group, names[group]))
-    merged = OmegaConf.merge(tree, recorded, OmegaConf.from_dotlist(overrides))
+    merged = OmegaConf.merge(tree, recorded, _read_as_typed(overrides))
     assert isinstance(merged, DictConfig)
     return typed(merged)
+
+
+def _read_as_typed(overrides: list[str]) -> DictConfig:
+    """Read `key=value`s by Hydra's grammar, as when the run began.
+
+    YAML, which OmegaConf reads them by, takes `[{name:A,weight:2}]` for something else.
+
+    Raises:
+        ConfigError: one of them does not keep that grammar.
+        OmegaConfBaseException: its key is none.
+    """
+    parser = OverridesParser.create()
+    told = OmegaConf.create()
+    for typed_one in overrides:
+        try:
+            override = parser.parse_override(typed_one)
+        except HydraException as error:
+            raise ConfigError(f"{typed_one}: {str(error).splitlines()[0]}") from error
+        OmegaConf.update(told, override.key_or_group, override.value(), force_add=True)
+    return told

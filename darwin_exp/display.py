@@ -75,6 +75,9 @@ class Watch:
     def note(self, message: str) -> None:
         """Say something that must not be missed, such as a fallback."""
 
+    def people_wait(self, n: int) -> None:
+        """Show how many requests wait for an answer, where that has changed."""
+
     def progress(self, done: int, total: int, seconds_left: float | None = None) -> None:
         """Show how many candidates are finished; without an estimate one is made from them."""
 
@@ -95,6 +98,13 @@ class _Counting(Watch):
         self._first_done: tuple[int, float] | None = None
         self._done = self._total = 0
         self._best: Individual | None = None
+        self._n_waiting = 0
+
+    def _note_waiting(self, n: int) -> bool:
+        """Take note of how many requests wait, and tell whether that is news."""
+        with self._mutex:
+            is_news, self._n_waiting = n != self._n_waiting, n
+        return is_news
 
     def _count(self, done: int, total: int, seconds_left: float | None) -> float | None:
         """Note progress and return the seconds left, if anything is known of them."""
@@ -153,6 +163,10 @@ class PlainDisplay(_Counting):
 
     def note(self, message: str) -> None:
         self._line(f"NOTE  {message}")
+
+    def people_wait(self, n: int) -> None:
+        if self._note_waiting(n):
+            self._line(f"PEOPLE  {waiting_in_words(n)}")
 
     def progress(self, done: int, total: int, seconds_left: float | None = None) -> None:
         with self._mutex:
@@ -220,6 +234,9 @@ class LiveDisplay(_Counting):
     def note(self, message: str) -> None:
         self._console.print(Text(f"NOTE  {clean(message)}", style="bold yellow"))
 
+    def people_wait(self, n: int) -> None:
+        self._note_waiting(n)  # the picture shows it for as long as it is so
+
     def progress(self, done: int, total: int, seconds_left: float | None = None) -> None:
         with self._mutex:
             left = self._count(done, total, seconds_left)
@@ -257,7 +274,11 @@ class LiveDisplay(_Counting):
         bar = Table.grid(expand=True)
         bar.add_row(ProgressBar(total=max(1, self._total), completed=self._done))
         lines = [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in self._title]
-        return Group(*lines, Text("   ".join(words), style="bold"), bar)
+        waiting = []
+        if self._n_waiting:
+            told = waiting_in_words(self._n_waiting)
+            waiting = [Text(told, style="bold yellow", no_wrap=True, overflow="ellipsis")]
+        return Group(*lines, Text("   ".join(words), style="bold"), bar, *waiting)
 
     def _slot_table(self) -> Table:
         table = _bare_table()
@@ -306,6 +327,14 @@ class LiveDisplay(_Counting):
             line.append(outcome_in_words(best, self._base), style="bold green")
             line.append(f"  {clean(best.summary)}")
         return Group(line, Text(counts, style="dim"))
+
+
+def waiting_in_words(n: int) -> str:
+    """Say how many requests wait for people, and where they are read."""
+    if not n:
+        return "no request waits any more"
+    what = "1 request waits" if n == 1 else f"{n} requests wait"
+    return f"{what}: python -m darwin_exp.hitl list"
 
 
 def _bare_table(show_header: bool = False) -> Table:

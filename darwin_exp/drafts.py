@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, replace
 from random import Random
 from typing import Any, Protocol
 
 from darwin_exp import randomness
+from darwin_exp.births import Birth
 from darwin_exp.gates import objection
 from darwin_exp.individual import (
     Edit,
     Genome,
-    Individual,
     JobResult,
     ModelSpec,
     Proposal,
@@ -21,31 +21,7 @@ from darwin_exp.individual import (
 )
 from darwin_exp.journal import Journal
 from darwin_exp.protocols import EditFailed, EditRequest, Mutator
-
-
-@dataclass(frozen=True)
-class Birth:
-    """Who is to be made from whom: everything that fixes an individual before its first edit.
-
-    Attributes:
-        ordinal: how many individuals were requested before this one.
-    """
-
-    generation: int
-    slot: int
-    ordinal: int
-    parent: Individual
-    editor: Individual
-    mate: Individual | None = None
-
-    @property
-    def individual_id(self) -> str:
-        return name_of(self.generation, self.slot)
-
-
-def name_of(generation: int, slot: int) -> str:
-    """Return an individual's id; the base is g00-i00."""
-    return f"g{generation:02d}-i{slot:02d}"
+from darwin_exp.reviews import Reviews
 
 
 class Smoke(Protocol):
@@ -66,6 +42,8 @@ class Drafts:
     Args:
         seed: the run's; every draft has random numbers of its own.
         reject_duplicates: whether code that was seen before is turned down.
+        reviews: has people look at what passes the gates, before any of it runs.
+        libraries: names that code may import beside what the contract allows, as they are now.
         smoke: the last gate, and the only one that costs a slot's time; None leaves it out.
     """
 
@@ -75,12 +53,16 @@ class Drafts:
         journal: Journal,
         seed: int,
         reject_duplicates: bool,
+        reviews: Reviews,
+        libraries: Callable[[], Collection[str]] = tuple,
         smoke: Smoke | None = None,
     ) -> None:
         self._mutator = mutator
         self._journal = journal
         self._seed = seed
         self._reject_duplicates = reject_duplicates
+        self._reviews = reviews
+        self._libraries = libraries
         self._smoke = smoke
         self._mutex = threading.Lock()
         self._seen: dict[str, str] = {  # code fingerprint -> who had it first
@@ -98,9 +80,14 @@ class Drafts:
     def propose(self, birth: Birth, request: EditRequest) -> Proposal:
         """Return a first draft that passes the gates; one turned down is followed by another.
 
+        What people have commissioned passes them as well, or is not made.
+
         Raises:
             EditFailed: none passed.
         """
+        if birth.commission is not None:
+            approved = birth.commission.proposal
+            return self._once(birth, 0, lambda: self._passed(birth, approved, "0-0"))
         return self._once(
             birth, 0, lambda: self._draft_until_one_passes(birth, request, self._mutator.propose)
         )
@@ -150,15 +137,11 @@ class Drafts:
             asked = replace(request, objections=tuple(objections))
             try:
                 proposal = draft_one(asked, self._stream(birth, request.attempt, draft))
+                return self._passed(birth, proposal, f"{request.attempt}-{draft}", failed)
             except EditFailed as failure:
                 if not failure.again:
                     raise
                 last = failure
-            else:
-                turned_down = self._verdict(birth, proposal, f"{request.attempt}-{draft}", failed)
-                if turned_down is None:
-                    return proposal
-                last = EditFailed(*turned_down, attempted=proposal)
             objections.append(str(last))
         raise last
 
@@ -167,10 +150,44 @@ class Drafts:
             return randomness.stream(self._seed, "edit", birth.generation, birth.slot, draft)
         return randomness.stream(self._seed, "repair", birth.generation, birth.slot, attempt, draft)
 
-    def _verdict(
+    def _passed(
+        self, birth: Birth, proposal: Proposal, draft: str, failed: Genome | None = None
+    ) -> Proposal:
+        """Return a draft that passes the gates, as it was approved where people looked at it.
+
+        Args:
+            draft: which of the individual's drafts it is; the same in a resumed run.
+            failed: the code that a repair is made of.
+
+        Raises:
+            EditFailed: a gate turned it down, or a person did; another draft of one that a person
+                did not approve is not asked for.
+        """
+        name = birth.individual_id
+        self._pass_gate(birth, proposal, draft, failed)
+        review = self._reviews.of_rewrite(
+            f"{name}/{draft}", name, birth.parent, proposal.genome, birth.generation
+        )
+        if review.refusal:
+            self._forget(proposal.genome, name)
+            raise EditFailed(Reason.NOT_APPROVED, review.refusal, attempted=proposal)
+        if review.changed_by:
+            self._forget(proposal.genome, name)
+            proposal = replace(
+                proposal,
+                genome=review.genome,
+                summary=f"{proposal.summary} (changed by {review.changed_by})",
+            )
+            self._pass_gate(birth, proposal, f"{draft}/changed", failed)
+        if self._smoke is not None and (why := self._smoke(birth, proposal.genome, draft)):
+            self._forget(proposal.genome, name)
+            raise EditFailed(Reason.SMOKE, why, again=True, attempted=proposal)
+        return proposal
+
+    def _pass_gate(
         self, birth: Birth, proposal: Proposal, draft: str, failed: Genome | None
-    ) -> tuple[Reason, str] | None:
-        """Return why a draft is turned down, or None, as it was found the first time.
+    ) -> None:
+        """Raise what turns a draft down, as it was found the first time.
 
         It depends on which of two siblings had the same code first, and what it says may be told
         to a model: so it is written down before anybody hears of it.
@@ -188,21 +205,22 @@ class Drafts:
             given={"individual_id": name, "fingerprint": genome.fingerprint},
         ).payload
         if "reason" in told:
-            return Reason(told["reason"]), told["message"]
+            raise EditFailed(
+                Reason(told["reason"]), told["message"], again=True, attempted=proposal
+            )
         if self._reject_duplicates:
             self.has_seen(genome, name)
-        if self._smoke is not None and (why := self._smoke(birth, genome, draft)):
-            # Not claimed by code that was never trained: a resumed run would not know of it.
-            with self._mutex:
-                if self._seen.get(genome.fingerprint) == name:
-                    del self._seen[genome.fingerprint]
-            return Reason.SMOKE, why
-        return None
+
+    def _forget(self, genome: Genome, name: str) -> None:
+        """Let others have code that was never trained: a resumed run would not know of it."""
+        with self._mutex:
+            if self._seen.get(genome.fingerprint) == name:
+                del self._seen[genome.fingerprint]
 
     def _objection(
         self, birth: Birth, proposal: Proposal, failed: Genome | None
     ) -> tuple[Reason, str] | None:
-        found = objection(proposal.genome, birth.parent.genome)
+        found = objection(proposal.genome, birth.parent.genome, frozenset(self._libraries()))
         if found is not None and found[0] is Reason.NO_OP and failed is not None:
             found = (
                 Reason.NO_OP,

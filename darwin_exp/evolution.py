@@ -19,28 +19,27 @@ from typing import Any, Protocol
 
 from darwin_exp import randomness
 from darwin_exp.archive import Archive
+from darwin_exp.births import Birth, child_of, name_of, stillborn
 from darwin_exp.closing import Closing
-from darwin_exp.drafts import Birth, Drafts, name_of
+from darwin_exp.drafts import Drafts
+from darwin_exp.effects import Effects
 from darwin_exp.fitness import Fitness
-from darwin_exp.gates import smoke_objection
 from darwin_exp.individual import (
     Genome,
     Individual,
     JobResult,
     Proposal,
-    Purpose,
-    Reason,
     Status,
 )
 from darwin_exp.journal import Journal
+from darwin_exp.measuring import BaseFailed, Measuring
+from darwin_exp.people import People
 from darwin_exp.protocols import EditFailed, EditRequest, Memory, Mutator, Selector, Stopped
-from darwin_exp.trials import Trial, Trials
+from darwin_exp.reviews import Reviews
+from darwin_exp.steering import Steering
+from darwin_exp.trials import Trials
 
-SMOKE_SECONDS = 120.0  # for a few steps, and for compiling before them
-
-
-class BaseFailed(Exception):
-    """The base genome could not be trained and scored, so nothing can be compared with it."""
+MOST_WAITING = 64  # lives that wait for people beside those that hold a slot
 
 
 class Watch(Protocol):
@@ -63,8 +62,8 @@ class Plan:
     n_generations: int
     reject_duplicates: bool
     keep_all_checkpoints: bool
-    max_hours: float | None
     stagnation_generations: int | None
+    stuck_generations: int | None
     pair_with_peers: bool
     crossover_probability: float
     max_repairs: int
@@ -96,6 +95,9 @@ class Parts:
     memory: Memory
     trials: Trials
     journal: Journal
+    people: People
+    reviews: Reviews
+    effects: Effects
     watch: Watch
     n_slots: int
     run_folder: Path
@@ -106,7 +108,8 @@ def evolve(base_genome: Genome, plan: Plan, parts: Parts) -> None:
 
     Raises:
         BaseFailed: the base genome does not train.
-        Stopped: a cap was reached.
+        InboxError: what people wrote to the run is damaged.
+        Stopped: a cap was reached, or a person wants it.
         Interrupted: somebody stopped the trials.
     """
     lives = _Lives(plan, parts)
@@ -114,8 +117,10 @@ def evolve(base_genome: Genome, plan: Plan, parts: Parts) -> None:
     for generation in range(1, plan.n_generations + 1):
         if lives.are_stagnant() and not lives.has_begun(generation):
             break
+        population = lives.heed_people(generation, population)
         rng = randomness.stream(plan.seed, "selection", generation)
         survivors = parts.selector.survivors(population, plan.n_survivors, rng)
+        survivors = lives.steering.with_pinned(survivors, population)
         parents = parts.selector.parents(survivors, plan.n_offspring, rng)
         offspring = lives.live(lives.pair(generation, parents, survivors, rng))
         population = lives.close_generation(generation, survivors, offspring)
@@ -127,52 +132,61 @@ class _Lives:
 
     def __init__(self, plan: Plan, parts: Parts) -> None:
         self.plan, self.parts = plan, parts
+        self._began = time.monotonic()
+        self.archive = Archive(
+            parts.journal, parts.memory, parts.fitness, parts.run_folder, plan.keep_all_checkpoints
+        )
+        self.measuring = Measuring(
+            parts.trials,
+            self.archive,
+            self.at_once,
+            n_bases_at_once=min(parts.n_slots, plan.n_base_repeats),
+            smoke_steps=plan.smoke_steps,
+            keeps_all=plan.keep_all_checkpoints,
+        )
         self.drafts = Drafts(
             parts.mutator,
             parts.journal,
             plan.seed,
             plan.reject_duplicates,
-            self._smoke if plan.smoke_steps else None,
+            parts.reviews,
+            lambda: parts.trials.conditions.libraries,
+            self.measuring.smoke if plan.smoke_steps else None,
         )
-        self.archive = Archive(
-            parts.journal, parts.memory, parts.fitness, parts.run_folder, plan.keep_all_checkpoints
+        self.steering = Steering(
+            parts.people,
+            parts.effects,
+            parts.journal,
+            parts.trials,
+            self.archive,
+            self.measuring,
+            plan.n_offspring,
+            plan.n_base_repeats,
+            plan.stuck_generations,
         )
-        self._began = time.monotonic()
         self._n_born = 0
-        self._n_bases_at_once = min(parts.n_slots, plan.n_base_repeats)
 
     # --- the base, and those who fill the first population ---------------------------------------
 
     def live_base(self, genome: Genome) -> Individual:
-        """Train and score the base: everything else is compared with it."""
+        """Train and score the base: everything else is compared with it.
+
+        Raises:
+            BaseFailed: it does not train and score.
+        """
         name = name_of(0, 0)
         self.parts.watch.generation_started(0, self.plan.n_generations)
         self.drafts.has_seen(genome, name)
         self.archive.leave_code(name, genome, genome)
-        places = ["", *(f"{name}/beside-{k}" for k in range(1, self._n_bases_at_once))]
-        # Others of it take the slots beside it, so that it meets the load that all later ones meet.
-        result, *beside = self.at_once(
-            lambda place=place: self._trial(  # type: ignore[misc]
-                name, place or f"{name}/0", Purpose.BASE_REPEAT, genome, place
-            )
-            for place in places
-        )
-        if result.outcome.status is not Status.OK:
-            tail = "\n".join(result.training.log_tail.splitlines()[-12:])
-            raise BaseFailed(
-                f"the base genome does not train and score: {result.outcome.status.value} "
-                f"({result.outcome.message or result.outcome.reason.value})\n{tail}".rstrip()
-            )
+        result, *beside = self.measuring.train_base(genome, self.measuring.n_bases_at_once)
         unborn = Individual(name, 0, 0, genome, summary="the base")
-        base = self.archive.judged(unborn, result, attempts=1)
+        base = self.archive.judged(unborn, result, attempts=1, is_new_base=True)
         if base.fitness is None:
             raise BaseFailed(
                 "the base has no fitness: its MFU could not be measured; use fitness=perplexity"
             )
         self._finish(base, result)
-        self.archive.found(base)
-        for again in beside:
-            self.archive.repeat_of_base(self.archive.judged(base, again, attempts=1))
+        self.measuring.compare_with(base, beside)
         return base
 
     def fill(self, base: Individual) -> list[Individual]:
@@ -181,14 +195,16 @@ class _Lives:
         births = [Birth(0, slot, self._ordinal(), base, base) for slot in slots]
         return self.close_generation(0, [base], self.live(births))
 
-    def _repeat_base(self, repeat: int) -> None:
-        base = self.archive.base
-        assert base is not None
-        name = f"{base.individual_id}/repeat-{repeat}"
-        result = self._trial(base.individual_id, name, Purpose.BASE_REPEAT, base.genome, name)
-        self.archive.repeat_of_base(self.archive.judged(base, result, attempts=1))
-
     # --- a generation ----------------------------------------------------------------------------
+
+    def heed_people(self, generation: int, population: Sequence[Individual]) -> list[Individual]:
+        """Let what people have said take effect, and return those who live on.
+
+        Raises:
+            Stopped: a person wants the run to stop before this generation.
+        """
+        hours = (time.monotonic() - self._began) / 3600
+        return self.steering.open_generation(generation, population, self.has_begun, hours)
 
     def pair(
         self,
@@ -206,7 +222,7 @@ class _Lives:
             crossed = bool(others) and rng.random() < self.plan.crossover_probability
             mate = rng.choice(others) if crossed else None
             births.append(Birth(generation, slot, self._ordinal(), parent, editor, mate))
-        return births
+        return self.steering.with_commissions(births)
 
     def live(self, births: Sequence[Birth]) -> list[Individual]:
         """Lead all of them through their lives, as slots come free, with a base run among them."""
@@ -215,9 +231,9 @@ class _Lives:
             for birth in births
         ]
         # In the middle, so that the base meets the same load as those it is compared with.
-        repeat = births[0].generation + self._n_bases_at_once
+        repeat = births[0].generation + self.measuring.n_bases_at_once
         if repeat < self.plan.n_base_repeats:
-            lives.insert(len(lives) // 2, lambda: self._repeat_base(repeat))
+            lives.insert(len(lives) // 2, lambda: self.measuring.repeat_base(repeat))
         return [individual for individual in self.at_once(lives) if individual is not None]
 
     def live_one(self, birth: Birth) -> Individual:
@@ -233,22 +249,27 @@ class _Lives:
             generation=birth.generation,
             base=self.archive.base,
             noise=self.archive.noise_sd,
+            guidance=self.steering.guidance(birth, attempt=0),
         )
         try:
             proposal = self.drafts.propose(birth, request)
         except EditFailed as failure:
-            return self._finish(_stillborn(birth, failure), None)
+            self.steering.tell_of_failure(birth, failure)
+            return self._finish(stillborn(birth, failure), None)
+        self.steering.pass_on_requests(birth, proposal)
         result = self._train(birth, proposal, attempt=0)
         attempt = 0
         while attempt < self.plan.max_repairs and _is_curable(result):
+            asked = replace(request, guidance=self.steering.guidance(birth, attempt + 1))
             try:
-                proposal = self.drafts.mend(birth, request, proposal, result, attempt + 1)
+                proposal = self.drafts.mend(birth, asked, proposal, result, attempt + 1)
             except EditFailed:
                 break
             attempt += 1
             result = self._train(birth, proposal, attempt)
-        child = self.archive.judged(_child(birth, proposal), result, attempts=attempt + 1)
+        child = self.archive.judged(child_of(birth, proposal), result, attempts=attempt + 1)
         child = replace(child, repaired=attempt > 0 and child.is_ok)
+        self.steering.tell_of_quarantine(child)
         return self._finish(child, result, proposal.expected_effect, lessons)
 
     def close_generation(
@@ -266,15 +287,21 @@ class _Lives:
 
     def are_stagnant(self) -> bool:
         """Tell whether the best has stood still for as many generations as the plan bears."""
-        patience, best = self.plan.stagnation_generations, self.archive.best_by_generation
+        patience, best = self.plan.stagnation_generations, self.archive.comparable_bests
         if patience is None or len(best) <= patience:
             return False
         return max(best[-patience:]) <= max(best[:-patience])
 
     def close(self) -> None:
-        """Close the run: who is selected, and what may be claimed."""
+        """Close the run: who is selected, and what may be claimed.
+
+        Raises:
+            Stopped: a person wants the run to stop first.
+        """
         plan, parts, archive = self.plan, self.parts, self.archive
         assert archive.base is not None
+        last = len(archive.best_by_generation) - 1
+        eligible = self.steering.eligible(last)
         closing = Closing(
             parts.trials,
             parts.journal,
@@ -284,35 +311,45 @@ class _Lives:
             n_timings=plan.n_timings,
             fitness=parts.fitness,
             has_test=plan.has_test,
-            max_steps=plan.max_steps,
+            max_steps=parts.trials.conditions.max_steps or plan.max_steps,
+            may_be_champion=parts.reviews.let_be_champion,
         )
-        last = len(archive.best_by_generation) - 1
-        closing.close(archive.everyone(), archive.base, last)
+        closing.close(eligible, archive.base, last)
 
     def at_once(self, tasks: Iterable[Callable[[], Any]]) -> list[Any]:
-        """Carry out tasks on as many threads as there are slots; results in the tasks' order.
+        """Carry out as many tasks at once as there are slots; results in the tasks' order.
+
+        A task that waits for a person holds no slot, so there may be more threads than slots.
 
         Once one of them fails no other is begun: an interrupted run has then written nothing that
         the uninterrupted one would have written later.
         """
+        people = self.parts.people
         failures: list[BaseException] = []
 
         def guarded(task: Callable[[], Any]) -> Any:
             if failures:
                 return None
             try:
-                self._stop_at_the_cap()
-                return task()
+                people.wait_while_paused()
+                with people.turns.taken():
+                    self._stop_at_the_cap()
+                    return None if failures else task()
             except BaseException as failure:
                 failures.append(failure)
+                people.stop_waiting()
                 raise
 
-        with ThreadPoolExecutor(self.parts.n_slots, thread_name_prefix="life") as pool:
+        n_threads = self.parts.n_slots
+        if self.parts.reviews.hold_lives or people.block:
+            n_threads += MOST_WAITING
+        with ThreadPoolExecutor(n_threads, thread_name_prefix="life") as pool:
             futures = [pool.submit(guarded, task) for task in tasks]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
             except BaseException as interruption:
                 failures.append(interruption)
+                people.stop_waiting()
             if failures and not isinstance(failures[0], Stopped):
                 self.parts.trials.stop()  # at a cap, what is under way is finished and recorded
         if failures:
@@ -324,31 +361,7 @@ class _Lives:
     def _train(self, birth: Birth, proposal: Proposal, attempt: int) -> JobResult:
         name = birth.individual_id
         self.archive.leave_code(name, proposal.genome, birth.parent.genome)
-        return self._trial(name, f"{name}/{attempt}", Purpose.SEARCH, proposal.genome)
-
-    def _smoke(self, birth: Birth, genome: Genome, draft: str) -> str | None:
-        """Train a draft for a few steps; return why it fails them, or None."""
-        name = birth.individual_id
-        trial = Trial(
-            f"{name}/smoke-{draft}",
-            name,
-            Purpose.SMOKE,
-            genome,
-            split=None,
-            folder=f"individuals/{name}/smoke",
-            max_steps=self.plan.smoke_steps,
-            most_seconds=SMOKE_SECONDS,
-        )
-        return smoke_objection(self.parts.trials.run(trial))
-
-    def _trial(
-        self, individual_id: str, name: str, purpose: Purpose, genome: Genome, place: str = ""
-    ) -> JobResult:
-        folder = f"individuals/{place or individual_id}"
-        wanted = not place or self.plan.keep_all_checkpoints
-        return self.parts.trials.run(
-            Trial(name, individual_id, purpose, genome, "val", folder, keeps_model=wanted)
-        )
+        return self.measuring.train(name, f"{name}/{attempt}", proposal.genome)
 
     def _finish(
         self,
@@ -369,40 +382,9 @@ class _Lives:
         return self._n_born - 1
 
     def _stop_at_the_cap(self) -> None:
-        hours = self.plan.max_hours
+        hours = self.parts.people.caps.get("max_hours")
         if hours is not None and time.monotonic() - self._began > hours * 3600:
             raise Stopped(f"max_hours={hours:g} is reached")
-
-
-def _child(birth: Birth, proposal: Proposal) -> Individual:
-    return Individual(
-        birth.individual_id,
-        birth.generation,
-        birth.slot,
-        proposal.genome,
-        parent_ids=tuple(who.individual_id for who in (birth.parent, birth.mate) if who),
-        editor_id=birth.editor.individual_id,
-        edits=proposal.edits,
-        n_new_edits=proposal.n_new,
-        summary=proposal.summary,
-        model=proposal.model,
-    )
-
-
-def _stillborn(birth: Birth, failure: EditFailed) -> Individual:
-    """Return an individual that no edit could be made for: it has its parent's code, untrained."""
-    parent = birth.parent
-    duplicate = failure.reason in (Reason.SEEN_BEFORE, Reason.NO_OP)
-    told = "no new edit was found" if duplicate else "the edit was refused"
-    tried = Proposal(parent.genome, parent.edits, 0, told)
-    if failure.attempted is not None and not duplicate:
-        tried = replace(failure.attempted, genome=parent.genome)  # for others to learn from
-    return replace(
-        _child(birth, tried),
-        status=Status.DUPLICATE if duplicate else Status.INVALID,
-        reason=failure.reason,
-        message=str(failure),
-    )
 
 
 def _is_curable(result: JobResult) -> bool:

@@ -27,12 +27,15 @@ REACHING_OUT = frozenset(
 TRACEBACK_LINES = 30
 
 
-def objection(genome: Genome, parent: Genome) -> tuple[Reason, str] | None:
+def objection(
+    genome: Genome, parent: Genome, libraries: frozenset[str] = frozenset()
+) -> tuple[Reason, str] | None:
     """Return why a rewrite cannot be trained, or None if it can.
 
     Args:
         genome: the rewritten code.
         parent: the code it was made from, which must not be the same but for comments and seeds.
+        libraries: what code may import besides, since people approved it into the image.
     """
     for path, text in genome.files:
         try:
@@ -45,7 +48,7 @@ def objection(genome: Genome, parent: Genome) -> tuple[Reason, str] | None:
     for needed in ("train.py", "model.py"):
         if needed not in genome.as_dict:
             return Reason.CONTRACT, f"{needed} is gone (see CONTRACT.md)"
-    if foreign := _foreign_import(genome, parent):
+    if foreign := _foreign_import(genome, parent, INSTALLED | libraries):
         return Reason.FORBIDDEN_IMPORT, foreign
     if hidden := _hidden_data(genome, parent):
         return Reason.HIDDEN_DATA, hidden
@@ -72,7 +75,7 @@ def smoke_objection(result: JobResult) -> str | None:
     return "\n".join([told, *(f"| {line[:200]}" for line in tail)])
 
 
-def _foreign_import(genome: Genome, parent: Genome) -> str | None:
+def _foreign_import(genome: Genome, parent: Genome, installed: frozenset[str]) -> str | None:
     """Return which import of a rewrite its parent has not and training code has no need of."""
     known = {name for path, text in parent.files if path.endswith(".py") for name in _imports(text)}
     own = {PurePosixPath(path).parts[0].removesuffix(".py") for path, _ in genome.files}
@@ -82,7 +85,7 @@ def _foreign_import(genome: Genome, parent: Genome) -> str | None:
         for name in sorted(_imports(text) - known - own):
             if name in REACHING_OUT:
                 return f"{path} imports {name}; training code has no need of it"
-            if name not in INSTALLED and name not in sys.stdlib_module_names:
+            if name not in installed and name not in sys.stdlib_module_names:
                 return f"{path} imports {name}, which is not installed (see CONTRACT.md)"
     return None
 

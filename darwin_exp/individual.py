@@ -47,6 +47,7 @@ class Reason(Enum):
     TRUNCATED = "truncated"  # a model's answer that was cut off, of which nothing is used
     REFUSED = "refused"  # a model would not answer, or answered nothing
     SMOKE = "smoke"  # failed its first few steps, before a budget was spent on it
+    NOT_APPROVED = "not_approved"  # a person was asked first, and did not say yes
     # training
     EXCEPTION = "exception"
     SIGNAL = "signal"
@@ -149,12 +150,14 @@ class DataSpec:
         content_hash: hash over tokens, splits and vocabulary.
         vocab_size: number of token ids, V.
         token_bytes: bytes per stored token id, 2 or 4 (little-endian unsigned).
+        extra_train: files of token ids, in train.bin's format, that an approved request added.
     """
 
     folder: Path
     content_hash: str
     vocab_size: int
     token_bytes: int = 2
+    extra_train: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,13 @@ from typing import Any
 from darwin_exp.protocols import Event
 
 FILE_NAME = "journal.sqlite"
-# What tells of processes, of measured times and of tries, not of the evolution's course.
+# What tells of processes, of measured times, of tries and of when people spoke, and not of the
+# evolution's course.
 INCOMPARABLE_KINDS = frozenset(
-    {"session", "end", "timing", "retimed", "llm_reserved", "llm_failed"}
+    {
+        *("session", "end", "timing", "retimed", "llm_reserved", "llm_failed"),
+        *("inbox", "review", "paused", "effect", "withdrawn", "budget"),
+    }
 )
 _NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "glusterfs", "beegfs"}
@@ -60,7 +64,7 @@ class Journal:
         self._listeners: list[Callable[[Event], None]] = []
         self._lock_file = _lock(folder / "journal.lock")
         try:
-            self._database = _open(self.path, network=_is_on_network(folder))
+            self._database = _open(self.path, network=is_on_network(folder))
             self._events = list(read(self._database, self.path))
         except sqlite3.Error as error:
             self._lock_file.close()
@@ -97,7 +101,7 @@ class Journal:
                 measured=_plain(measured or {}),
                 written_at=time.time(),
             )
-            chained = _hash(event, self._last_hash)
+            chained = chained_hash(event, self._last_hash)
             try:
                 self._database.execute(
                     "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -251,7 +255,7 @@ def read(database: sqlite3.Connection, path: Path) -> Iterator[Event]:
             event = Event(
                 sequence, kind, key, json.loads(payload), json.loads(measured), written_at
             )
-            intact = _hash(event, before) == chained
+            intact = chained_hash(event, before) == chained
         except (ValueError, TypeError, AttributeError) as error:
             raise JournalError(damage) from error
         if not intact:
@@ -263,11 +267,12 @@ def read(database: sqlite3.Connection, path: Path) -> Iterator[Event]:
 def _chain(events: list[Event]) -> str:
     chained = _FIRST_HASH
     for event in events:
-        chained = _hash(event, chained)
+        chained = chained_hash(event, chained)
     return chained
 
 
-def _hash(event: Event, before: str) -> str:
+def chained_hash(event: Event, before: str) -> str:
+    """Return the hash of an event and of the hash before it: the one rule of the chain."""
     text = json.dumps(
         [
             before,
@@ -326,7 +331,7 @@ def _lock(path: Path) -> Any:
     return handle
 
 
-def _is_on_network(folder: Path) -> bool:
+def is_on_network(folder: Path) -> bool:
     """Tell whether a folder lies on a file system where SQLite's WAL mode is unsafe."""
     target = folder.resolve()
     best, kind = "", ""

@@ -131,6 +131,7 @@ def check(
     models = [model for model, _ in models_of(chosen)]
     money = _money(config)
     try:
+        endpoints.check_addresses(models)  # or a typing error in one would be asked for its price
         money.check_prices(models)
         for note in endpoints.check(models, CHECK_SECONDS):
             announce(note)
@@ -140,7 +141,7 @@ def check(
         announce(str(missing))
         return
     names = ", ".join(sorted({f"{model.name} at {model.base_url}" for model in models}))
-    code = sum(len(text.encode()) for _, text in base.files)
+    calls, code = _calls_and_code(chosen, base)
     estimate = money.estimate(
         n_requested,
         max_drafts=chosen.max_drafts,
@@ -148,6 +149,7 @@ def check(
         prompt_tokens=min(chosen.prompt_tokens, 3_000 + code // 3),
         answer_tokens=min(chosen.answer_tokens, 1_000),
         models=models,
+        calls_per_rewrite=calls,
     )
     announce(f"language models: {names}; {estimate}")
 
@@ -225,6 +227,21 @@ def build_mutator(
         answer_tokens=chosen.answer_tokens,
         count=counter,
     )
+
+
+def _calls_and_code(chosen: schema.OpenaiConfig, base: Genome) -> tuple[int, int]:
+    """Return how many calls a rewrite takes, and how many bytes of code each of them holds."""
+    sizes = {file: len(text.encode()) for file, text in base.files}
+    if chosen.form is not schema.Form.chunks:
+        return 1, sum(sizes.values())
+    from darwin_exp.mutation.chunks import chunks_of
+
+    chunks = [chunk for chunk in chunks_of(base) if chunk.is_editable]
+    if not chunks:
+        return 1, 0
+    # Each is shown with the file that it is from.
+    shown = sum(sizes[chunk.file] + len(chunk.text.encode()) for chunk in chunks)
+    return max(1, math.ceil(chosen.chunk_probability * len(chunks))), shown // len(chunks)
 
 
 def _money(config: DarwinConfig) -> Money:

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from darwin_exp import execution, model_access, schema
+from darwin_exp import execution, model_access, people_access, schema
 from darwin_exp.config import PROJECT, ConfigError
 from darwin_exp.containment import assign_gpus, choose_sandbox, environment_of, sandbox_spec
 from darwin_exp.evolution import Plan
@@ -110,6 +110,7 @@ def prepare_workshop(
     _check_folders(config)
     _anchor_paths(config)
     _leave_out_what_bends_mfu(config)
+    people_access.check(config)
     recording = model_access.recording_of(config, folder(config.paths.runs))
     asks_models = isinstance(config.mutator, schema.OpenaiConfig)
     trusted = not asks_models and build_mutator(config.mutator).trusted
@@ -259,8 +260,8 @@ def build_plan(config: DarwinConfig, data: DataSpec) -> Plan:
         n_generations=config.n_generations,
         reject_duplicates=config.dedup is schema.Dedup.reject,
         keep_all_checkpoints=config.keep is schema.Keep.all,
-        max_hours=config.max_hours,
         stagnation_generations=config.stagnation_generations,
+        stuck_generations=config.hitl.stuck_generations,
         pair_with_peers=config.pairing.name == "peers",
         crossover_probability=(
             crossover.probability if isinstance(crossover, schema.MergeConfig) else 0.0

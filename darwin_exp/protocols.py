@@ -111,6 +111,7 @@ class EditRequest:
         attempt: 0 for the first training, 1 for the first repair, and so on.
         base: what everything is compared with; None before it was measured.
         noise: standard deviation of the base's repeated fitness; None until it is known.
+        guidance: what people have to say to this editor, the oldest first.
     """
 
     parent: Individual
@@ -124,6 +125,7 @@ class EditRequest:
     attempt: int = 0
     base: Individual | None = None
     noise: float | None = None
+    guidance: tuple[str, ...] = ()
 
 
 class Mutator(Protocol):

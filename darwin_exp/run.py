@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from darwin_exp import model_access
+from darwin_exp import model_access, people_access
 from darwin_exp import parts as workshop_of
 from darwin_exp import summary as summaries
 from darwin_exp.champion import leave_champion
@@ -34,9 +34,11 @@ from darwin_exp.config import (
     refuse_changed_score,
 )
 from darwin_exp.display import Watch
-from darwin_exp.evolution import BaseFailed, Parts, evolve
+from darwin_exp.evolution import Parts, evolve
+from darwin_exp.hitl.inbox import InboxError
 from darwin_exp.individual import Genome
 from darwin_exp.journal import Divergence, Journal, JournalError
+from darwin_exp.measuring import BaseFailed
 from darwin_exp.parts import Workshop, folder
 from darwin_exp.protocols import Event, Interrupted, ModelsUnavailable, Mutator, Stopped, Tracker
 from darwin_exp.report import write_from
@@ -204,7 +206,7 @@ class _Session:
                 status = summaries.INTERRUPTED
             except Divergence as failure:
                 self.message = str(failure)
-            except (JournalError, OSError) as failure:
+            except (JournalError, InboxError, OSError) as failure:
                 self.message = f"{failure}; then go on with resume={self.run_folder.name}"
             except Exception:
                 with _uninterrupted(self._held_off):  # a defect of ours: leave order, show it
@@ -292,6 +294,18 @@ class _Session:
         memory = workshop_of.build_memory(config, self.run_folder.name, self.journal)
         executor = workshop_of.build_executor(workshop, self.watch.slot)
         trials = Trials(bench, executor, self.journal)
+        recorded = workshop.recording
+        people, reviews = people_access.build_people(
+            config,
+            self.run_folder,
+            self.journal,
+            executor.n_slots,
+            trials.stopping,
+            self.watch.note,
+            self.watch.people_wait,
+            None if recorded is None else recorded.decisions,
+        )
+        runs, data = folder(config.paths.runs), folder(config.paths.data)
         try:
             parts = Parts(
                 mutator=self._mutator(trials.stopping),
@@ -300,6 +314,11 @@ class _Session:
                 memory=memory,
                 trials=trials,
                 journal=self.journal,
+                people=people,
+                reviews=reviews,
+                effects=people_access.build_effects(
+                    config, self.journal, workshop.data, data, (runs,), self.watch.note
+                ),
                 watch=self.watch,
                 n_slots=executor.n_slots,
                 run_folder=self.run_folder,
@@ -318,7 +337,8 @@ class _Session:
             return summaries.FAILED
         finally:
             with _uninterrupted(self._held_off):
-                trials.stop()  # whoever still waits for a model waits no longer
+                trials.stop()  # whoever still waits for a model or a person waits no longer
+                people.close()
             for problem in memory.problems:
                 self.watch.note(f"memory: {problem}")
 

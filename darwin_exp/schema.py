@@ -300,6 +300,50 @@ class LlmConfig:
     )
 
 
+class Reviewed(Enum):
+    none = "none"
+    flagged = "flagged"
+    champion = "champion"
+    all = "all"
+
+
+class Way(Enum):
+    ask = "ask"
+    deny = "deny"
+    auto = "auto"
+
+
+@dataclass
+class HitlPolicyConfig:
+    dataset: Way = _key(Way.ask, "more training text: ask or deny", True)
+    script: Way = _key(Way.ask, "a file for the agent's code: ask or deny", True)
+    file_structure: Way = _key(Way.ask, "other files in the agent's code: ask or deny", True)
+    library: Way = _key(Way.ask, "a package in a new image: ask or deny", True)
+    resources: Way = _key(Way.ask, "another training budget: ask or deny", True)
+    budget: Way = _key(Way.ask, "higher caps: ask or deny", True)
+    question: Way = _key(Way.ask, "a question: ask, deny or auto", True)
+    stuck: Way = _key(Way.ask, "no gain for some generations: ask, deny or auto", True)
+    quarantine: Way = _key(Way.ask, "somebody was set apart: ask, deny or auto", True)
+    edit: Way = _key(Way.ask, "a rewrite under review: ask, deny or auto", True)
+
+
+@dataclass
+class HitlConfig:
+    review: Reviewed = _key(
+        Reviewed.none, "rewrites that wait for a person: none, flagged, champion or all", True
+    )
+    ordinary_lines: int = _key(80, "changed lines beyond which a rewrite is flagged", True)
+    policy: HitlPolicyConfig = field(default_factory=HitlPolicyConfig)
+    block: bool = _key(False, "wait for an answer to whatever is asked, until the deadline", True)
+    deadline_seconds: float | None = _key(None, "silence for so long means no; null waits", True)
+    dataset_sources: list[str] = _key(
+        ["textdir", "stdlib", "shakespeare"], "sources of extra text that may be approved", True
+    )
+    stuck_generations: int | None = _key(3, "ask people after so many without a gain", True)
+    notify_command: str = _key("", "run when something waits; gets JSON on standard input", True)
+    notify_url: str = _key("", "address that gets a POST of that JSON", True)
+
+
 @dataclass
 class IntegrityConfig:
     key: str | None = _key(None, "hexadecimal key of the scorer's secrets; random when null")
@@ -350,6 +394,7 @@ class DarwinConfig:
     base: BaseConfig = field(default_factory=BaseConfig)
     repair: RepairConfig = field(default_factory=RepairConfig)
     llm: LlmConfig = field(default_factory=LlmConfig)
+    hitl: HitlConfig = field(default_factory=HitlConfig)
     integrity: IntegrityConfig = field(default_factory=IntegrityConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
 

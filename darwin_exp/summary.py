@@ -1,7 +1,7 @@
 """The summary of a run: a fold over its journal, written to summary.json.
 
 Reads: events. Writes: nothing.
-Never: fills in a value that was not measured; those are None.
+Never: fills in a value that was not measured, which is None; compares across environments.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from darwin_exp.individual import Purpose, Status
+from darwin_exp.involvement import involvement
 from darwin_exp.protocols import Event
+from darwin_exp.recorded import environment_at, environment_of
 from darwin_exp.statistics import welch
 
 FINISHED, INTERRUPTED, STOPPED, FAILED = "finished", "interrupted", "stopped", "failed"
@@ -62,6 +64,9 @@ def summarise(events: Sequence[Event], n_requested: int, status: str) -> dict[st
         **_sides(events, individuals, closing),
         "seconds": _seconds(events),
         "llm": _spent_on_models(events),
+        "environment": _environment(events, closing),
+        "environments": 1 + sum(event.kind == "environment" for event in events),
+        "people": involvement(events).in_numbers,
         "mlflow_run_id": None,
     }
 
@@ -82,9 +87,12 @@ def _first_attempts(events: Sequence[Event], mutated: Sequence[Event]) -> list[b
     """Tell of each mutated individual whether its first attempt was OK; lost ones are left out."""
     first: dict[str, str] = {}
     for event in events:
-        searched = event.kind == "job" and event.payload["purpose"] == "search"
-        if searched and "/0" in event.key and event.payload["status"] != Status.INFRA_LOST.value:
-            first[event.payload["individual_id"]] = event.payload["status"]
+        if event.kind != "job" or event.payload["purpose"] != "search":
+            continue
+        name, status = event.payload["individual_id"], event.payload["status"]
+        # Not the trainings of a later environment, whose names begin with it.
+        if event.key.startswith(f"{name}/0") and status != Status.INFRA_LOST.value:
+            first[name] = status
     outcomes = []
     for event in mutated:
         status = event.payload["status"]
@@ -97,23 +105,23 @@ def _first_attempts(events: Sequence[Event], mutated: Sequence[Event]) -> list[b
 def _sides(
     events: Sequence[Event], individuals: Sequence[Event], closing: Event | None
 ) -> dict[str, Any]:
-    """Return baseline, champion and improvement."""
+    """Return baseline, champion and improvement, as the environment of the closing knows them."""
     by_id = {event.payload["individual_id"]: event for event in individuals}
     base = next((event for event in individuals if event.payload["editor_id"] is None), None)
     selected = by_id.get(closing.payload["selected_id"]) if closing else None
-    retimed = {  # an individual's last counts
-        event.payload["individual_id"]: event.measured
-        for event in events
-        if event.kind == "retimed"
-    }
-    jobs = [event for event in events if event.kind == "job"]
+    here = environment_at(events, closing)
+    rates = _rates(events, here)
+    jobs = [event for event in events if event.kind == "job" and environment_of(event) == here]
     sides = {
-        name: None if event is None else _side(event, jobs, retimed, closing)
+        name: None if event is None else _side(event, jobs, rates, closing)
         for name, event in (("baseline", base), ("champion", selected))
     }
     improvement = _improvement(closing, sides)
     run = next(event for event in events if event.kind == "run")
     steps = run.payload.get("config", {}).get("max_steps")
+    for event in events:
+        if event.kind == "environment" and event.payload["index"] == here and steps:
+            steps = event.payload["changed"].get("max_steps") or steps
     improvement["n_steps"] = steps  # then time decided nothing, and both claims are one
     improvement["equal_steps"] = (
         _claim_of_steps(improvement, closing, jobs)
@@ -123,10 +131,38 @@ def _sides(
     return {**sides, "improvement": improvement}
 
 
+def _environment(events: Sequence[Event], closing: Event | None) -> dict[str, Any]:
+    """Return which environment baseline and champion were compared in, and why there is one."""
+    here = environment_at(events, closing)
+    for event in events:
+        if event.kind == "environment" and event.payload["index"] == here:
+            because = list(event.measured.get("because") or ())
+            return {"index": here, "id": event.payload["environment_id"], "why": because}
+    run = next(event for event in events if event.kind == "run")
+    return {"index": 0, "id": run.payload.get("environment_id"), "why": []}
+
+
+def _rates(events: Sequence[Event], here: int) -> dict[str, tuple[Any, Mapping[str, Any]]]:
+    """Return each individual's searched MFU in an environment, and its last re-timing there."""
+    searched: dict[str, Any] = {}
+    retimed: dict[str, Mapping[str, Any]] = {}
+    current = 0
+    for event in events:
+        if event.kind == "environment":
+            current = event.payload["index"]
+        elif event.kind in ("individual", "remeasured") and environment_of(event) == here:
+            rates = event.measured.get("rates") or {}
+            searched[event.payload["individual_id"]] = rates.get("mfu")
+        elif event.kind == "retimed" and current == here:
+            retimed[event.payload["individual_id"]] = event.measured
+    names = searched.keys() | retimed.keys()
+    return {name: (searched.get(name), retimed.get(name) or {}) for name in names}
+
+
 def _side(
     event: Event,
     jobs: Sequence[Event],
-    retimed: Mapping[str, Mapping[str, Any]],
+    rates: Mapping[str, tuple[Any, Mapping[str, Any]]],
     closing: Event | None,
 ) -> dict[str, Any]:
     """Return what is known of one individual's code; of claims, only the last closing's count."""
@@ -148,14 +184,14 @@ def _side(
         ]
         return math.exp(sum(map(math.log, values)) / len(values)) if values else None
 
-    again = retimed.get(name) or {}
+    searched, again = rates.get(name, (None, {}))
     return {
         "individual_id": name,
         "generation": event.payload["generation"],
         "val_perplexity": mean_log("val_perplexity"),
         "val_bpb": mean_log("val_bpb"),
         "test_perplexity": mean_log("test_perplexity"),
-        "mfu": again.get("mfu", event.measured["rates"].get("mfu")),
+        "mfu": again.get("mfu", searched),
         "mfu_retimed": again.get("mfu") is not None,
         "mfus_retimed": again.get("mfus"),
         "replicates": sum(job.payload["purpose"] == "claim" for job in ours),

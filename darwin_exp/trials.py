@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from darwin_exp import randomness
+from darwin_exp.conditions import Conditions
 from darwin_exp.individual import (
     DataSpec,
     Evaluation,
@@ -92,10 +93,14 @@ class Trials:
 
     Attributes:
         stopping: set once the run is to end.
+        environment: in which trials are carried out; 0 is the one that the run began in.
+        conditions: what is other there than where the run began.
     """
 
     def __init__(self, bench: Bench, executor: Executor, journal: Journal) -> None:
-        self._bench = bench
+        self._bench = self._own = bench
+        self.environment = 0
+        self.conditions = Conditions()
         self._executor = executor
         self._journal = journal
         self.stopping = threading.Event()
@@ -106,6 +111,16 @@ class Trials:
         """Kill what is under way and refuse every trial from now on: they end with Interrupted."""
         self.stopping.set()
         self._executor.close(cancel=True)
+
+    def enter(self, environment: int, conditions: Conditions) -> None:
+        """Carry out every trial from now on under other conditions."""
+        self.environment, self.conditions = environment, conditions
+        self._bench = replace(
+            self._own,
+            data=conditions.data(self._own.data),
+            training=conditions.training(self._own.training),
+            sandbox=conditions.sandbox(self._own.sandbox),
+        )
 
     def run(self, trial: Trial) -> JobResult:
         """Carry out a trial, repeated where it was lost, and return how it ended.
@@ -128,6 +143,7 @@ class Trials:
                     "split": trial.split,
                     "seed": job.training.seed,
                     "max_steps": job.training.max_steps,
+                    **({"environment": self.environment} if self.environment else {}),
                 },
             )
             result = result_from(job.job_id, event.payload, event.measured)

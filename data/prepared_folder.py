@@ -12,7 +12,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,7 @@ def verify(spec: DataSpec) -> None:
             raise DataError(f"{path} is missing or damaged; {_cure(spec.folder)}")
     if content_hash(meta.tokenizer, meta.vocabulary, meta.splits) != meta.content_hash:
         raise DataError(f"{spec.folder / 'meta.json'} is damaged; {_cure(spec.folder)}")
-    if meta.spec(spec.folder) != spec:
+    if meta.spec(spec.folder) != replace(spec, extra_train=()):
         raise DataError(
             f"{spec.folder} holds another data set ({meta.content_hash[:12]}) than the one asked "
             f"for ({spec.content_hash[:12]}); prepare the data again"

@@ -120,11 +120,13 @@ class Ablation:
             clock = f"{config.max_steps} steps (at most {clock})"
         n, kind = self.n_seeds * len(self._arms()), parts[0].kind
         done = len(self.journal.of_kind("job"))
+        own = "in the environment that the run began in, without what people granted since"
         recorded = f"; {done} recorded already" if done else ""
         return [
             f"ablation of {self.chronicle.run_id}: champion {self.name} in {len(parts)} {kind}(s)",
             f"    {n} trainings of {clock} on {len(self.workshop.slots)} slot(s), "
             f"{self.n_seeds} fresh seed(s) each, scored on {self.split}{recorded}",
+            *([f"    {own}"] if self.chronicle.claimed_in.index else []),
         ]
 
     # --- what was decided ------------------------------------------------------------------------

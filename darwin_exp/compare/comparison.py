@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from darwin_exp.chronicle import Chronicle
+from darwin_exp.chronicle import Agent, Chronicle
 from darwin_exp.compare.settings import group, short
 from darwin_exp.summary import FINISHED, summarise
 
@@ -245,14 +245,24 @@ def run_values(chronicle: Chronicle) -> RunValues:
 
 
 def _curve(chronicle: Chronicle) -> tuple[float | None, ...]:
-    best = chronicle.base.value("val_perplexity") if chronicle.base else None
-    curve = [best]
-    for agent in chronicle.rewrites:
-        value = agent.value("val_perplexity") if agent.is_ok else None
+    """Return the best so far in the environment of the claim; None before that was opened."""
+    here = chronicle.claimed_in.index
+    there_before = [one for one in chronicle.agents if one.is_base or one.made_in < here]
+    values = [_perplexity(one, here) for one in there_before]
+    best = min((value for value in values if value is not None), default=None)
+    curve: list[float | None] = [None] * sum(not one.is_base for one in there_before)
+    curve.append(best)
+    for agent in chronicle.agents[len(there_before) :]:
+        value = _perplexity(agent, here)
         if value is not None and (best is None or value < best):
             best = value
         curve.append(best)
     return tuple(curve)
+
+
+def _perplexity(agent: Agent, environment: int) -> float | None:
+    seen = agent.seen_in(environment)
+    return seen.value("val_perplexity") if agent.is_ok else None
 
 
 def _config_of(chronicle: Chronicle) -> dict[str, Any]:
@@ -264,7 +274,7 @@ def _config_of(chronicle: Chronicle) -> dict[str, Any]:
 
 
 def _measured_in(chronicle: Chronicle) -> tuple[str, float | None]:
-    return str(chronicle.begun.payload["environment_id"]), chronicle.begun.measured["peak_flops"]
+    return chronicle.claimed_in.environment_id, chronicle.begun.measured["peak_flops"]
 
 
 # --- what must be said beside the numbers --------------------------------------------------------
@@ -276,6 +286,8 @@ def _apart(chronicles: Sequence[Chronicle], cohorts: Sequence[Cohort]) -> list[s
     environments = [chronicle.begun.payload["environment"] for chronicle in chronicles]
     names = sorted({name for environment in environments for name in environment})
     differ = [name for name in names if len({str(one.get(name)) for one in environments}) > 1]
+    if any(chronicle.claimed_in.index for chronicle in chronicles):
+        differ.append("what people granted on the way")
     if len({cohort.peak_flops for cohort in cohorts}) > 1:
         differ.append("the peak that MFU is measured against")
     return [

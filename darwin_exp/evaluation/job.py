@@ -1,8 +1,9 @@
 """The executor's unit: trains one genome in a sandbox, judges how that went, has it scored.
 
-Reads: a Job; the prepared train split; what the sandboxed group leaves in its output folder.
+Reads: a Job; the prepared train split and what was added to it; what the sandboxed group leaves in
+its output folder.
 Writes: train.log, artefacts/ and evaluation.json in the job's folder.
-Never: shows a genome more than train.bin, or takes a number that it printed for a metric.
+Never: shows a genome more than training text, or takes a number that it printed for a metric.
 """
 
 from __future__ import annotations
@@ -129,11 +130,12 @@ def _train(job: Job, sandbox: Sandbox, artefacts: Path) -> TrainingRun:
 
 def _launch(job: Job) -> Launch:
     spec = job.training
+    extra = {f"extra-{place}.bin": file for place, file in enumerate(job.data.extra_train)}
     return Launch(
         name=job.job_id,
         zone=Zone.TRAIN,
         genome=job.genome,
-        inputs={"train.bin": job.data.folder / "train.bin"},
+        inputs={"train.bin": job.data.folder / "train.bin", **extra},
         job={
             "budget_seconds": spec.budget_seconds,
             "max_steps": spec.max_steps,
@@ -144,7 +146,7 @@ def _launch(job: Job) -> Launch:
             "context_length": spec.context_length,
             "train": "in/train.bin",
             "token_bytes": job.data.token_bytes,
-            "extra_train": [],
+            "extra_train": [f"in/{name}" for name in extra],
             "out": "out",
         },
         limits=Limits(

@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,11 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from darwin_exp.chronicle import Chronicle
+from darwin_exp.hitl.audit import lost
+from darwin_exp.hitl.concerns import Surroundings, check_replacement, concern_about
 from darwin_exp.hitl.inbox import FILE_NAME, Author, Entry, Inbox, InboxError, person
+from darwin_exp.hitl.outcomes import Outcomes
 from darwin_exp.hitl.requests import (
     ALL,
     Board,
@@ -75,6 +80,18 @@ class _Desk:
     def board(self) -> Board:
         return fold(self.inbox.entries(), self.run_folder.name)
 
+    def surroundings(self, standing: Standing) -> Surroundings:
+        """Return what a request is judged against, as far as the run has recorded it."""
+        with suppress(JournalError, ValueError):  # there is none, or the run has not begun
+            return Surroundings.of(Chronicle.read(self.run_folder), standing.request.asked_by)
+        return Surroundings()
+
+    def show(self, standing: Standing) -> None:
+        """Print a request, what came of it, and what would keep it from being carried out."""
+        outcomes = Outcomes.read(self.run_folder)
+        worry = concern_about(standing, outcomes, lambda: self.surroundings(standing))
+        show(self.console, standing, time.time(), outcomes, worry)
+
     def write(self, kind: str, payload: dict[str, Any]) -> int:
         return self.wrote(self.inbox.append(kind, payload, self.author))
 
@@ -87,12 +104,12 @@ class _Desk:
 
 
 def _list(desk: _Desk, _: argparse.Namespace) -> int:
-    desk.console.print(listing(desk.board(), time.time()))
+    desk.console.print(listing(desk.board(), time.time(), Outcomes.read(desk.run_folder)))
     return OK
 
 
 def _show(desk: _Desk, chosen: argparse.Namespace) -> int:
-    show(desk.console, desk.board().find(chosen.id), time.time())
+    desk.show(desk.board().find(chosen.id))
     return OK
 
 
@@ -111,11 +128,12 @@ def _watch(desk: _Desk, chosen: argparse.Namespace) -> int:
 def _verify(desk: _Desk, _: argparse.Namespace) -> int:
     """Audit the inbox: its chain, what the run took from it, and which answers count."""
     try:
+        has_journal = (desk.run_folder / JOURNAL).is_file()
+        events = load(desk.run_folder) if has_journal else []
         entries = desk.inbox.entries()
-        lost = _lost(entries, desk.run_folder)
     except (InboxError, JournalError) as error:
         return _refuse(str(error), NO)
-    board = fold(entries, desk.run_folder.name)
+    board, gone = fold(entries, desk.run_folder.name), lost(entries, events)
     for refusal in board.refused:
         words = f"does not count: {clean(refusal.why)}"
         desk.console.print(line_of(refusal.entry), Text(words), soft_wrap=True)
@@ -128,30 +146,10 @@ def _verify(desk: _Desk, _: argparse.Namespace) -> int:
         f"{len(board.refused)} entries do not count",
     ):
         desk.console.print(Text(line), soft_wrap=True)
-    if lost:
-        which = ", ".join(map(str, lost))
+    if gone:
+        which = ", ".join(map(str, gone))
         return _refuse(f"the run took entry {which}, which is gone or is another one now", NO)
     return OK
-
-
-def _lost(entries: Sequence[Entry], run_folder: Path) -> list[int]:
-    """Return the entries that the run's journal tells of and the inbox no longer holds so.
-
-    A chain alone cannot tell that its end was cut off.
-
-    Raises:
-        JournalError: the journal is damaged.
-    """
-    if not (run_folder / JOURNAL).is_file():
-        return []
-    held = {entry.sequence: entry.hash for entry in entries}
-    return [
-        taken["sequence"]
-        for event in load(run_folder)
-        if event.kind == "inbox"
-        for taken in event.payload["entries"]
-        if held.get(taken["sequence"]) != taken["hash"]
-    ]
 
 
 # --- answering -------------------------------------------------------------------------------
@@ -162,7 +160,7 @@ def _approve(desk: _Desk, chosen: argparse.Namespace) -> int:
     content_hash = standing.request.content_hash
     if chosen.hash is None:
         _check_early(standing, Decision.APPROVE, content_hash, None, chosen.note)
-        show(desk.console, standing, time.time())
+        desk.show(standing)
         if not _has_agreed(content_hash):
             return NO
     return desk.wrote(
@@ -183,6 +181,7 @@ def _change(desk: _Desk, chosen: argparse.Namespace) -> int:
     content = edited(before) if chosen.file is None else _text_of(chosen.file)
     if content == before:
         return _refuse("nothing was changed; `approve` takes it as it is", NO)
+    check_replacement(standing.request, content, desk.surroundings(standing))
     content_hash = hash_of(content)
     if chosen.hash is None:
         _check_early(standing, Decision.CHANGE, content_hash, content, chosen.note)
@@ -368,7 +367,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve = add("serve", _serve, "open the web page of a run")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
-    serve.add_argument("--port", type=int, default=0, help="port; 0 takes a free one (0)")
+    serve.add_argument(
+        "--port",
+        type=int,
+        help="port; 0 takes a free one (8787, or a free one where that is taken)",
+    )
     serve.add_argument("--no-browser", action="store_true", help="only print the address")
     return parser
 

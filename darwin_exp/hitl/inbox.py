@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from darwin_exp.journal import _is_on_network as is_on_network
+from darwin_exp.journal import is_on_network
 
 FILE_NAME = "inbox.sqlite"
 KINDS = frozenset(

@@ -1,4 +1,4 @@
-"""What people are asked at all, and what may be done with what they approve.
+"""What people are asked at all, and what passes or is refused by rule.
 
 Reads: requests. Never: lets anything pass by rule that a person must decide (G9): data, scripts,
 the tree of files, libraries, resources and budgets.
@@ -6,16 +6,12 @@ the tree of files, libraries, resources and budgets.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from darwin_exp.hitl.asked import NEVER_AUTOMATIC, Decision, Refused, Request, RequestType
-
-MOST_DATASET_MB = 2_048
-_DATASET_WORDS = ("source", "path", "licence")  # texts that an exact wish must hold
+from darwin_exp.hitl.asked import NEVER_AUTOMATIC, Decision, Request, RequestType
 
 
 class PolicyError(ValueError):
@@ -95,51 +91,3 @@ class Policy:
         if way is Way.ASK:
             return None
         return Decision.APPROVE if way is Way.AUTO else Decision.DENY
-
-
-@dataclass(frozen=True)
-class DatasetWish:
-    """An additional training text, told exactly enough to be fetched (G4).
-
-    It is training text and nothing else: val, gate and test cannot be named, let alone replaced.
-
-    Attributes:
-        source: a way of getting text that the configuration allows, such as textdir.
-        path: which one: a folder, a file, or a name of the source's.
-        licence: under which the text may be used, in words; it is kept with the data.
-        most_mb: how large the text may be.
-    """
-
-    source: str
-    path: str
-    licence: str
-    most_mb: int
-
-    @classmethod
-    def read(cls, content: str, sources: Collection[str]) -> DatasetWish:
-        """Read the content of an approved request.
-
-        Args:
-            sources: what `hitl.dataset_sources` allows.
-
-        Raises:
-            Refused: it is not exact, its source is not allowed, or it is too large. A person can
-                answer with a change that is.
-        """
-        form = '{"source": ..., "path": ..., "licence": ..., "most_mb": ...}'
-        try:
-            told = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise Refused(f"a data set is told exactly as {form}") from error
-        if not isinstance(told, dict) or set(told) != {*_DATASET_WORDS, "most_mb"}:
-            raise Refused(f"a data set is told exactly as {form}, with nothing more or less")
-        for name in _DATASET_WORDS:
-            if not isinstance(told[name], str) or not told[name].strip():
-                raise Refused(f'the "{name}" of a data set is some text')
-        most = told["most_mb"]
-        if type(most) is not int or not 0 < most <= MOST_DATASET_MB:
-            raise Refused(f'"most_mb" is a whole number up to {MOST_DATASET_MB:,}')
-        if told["source"] not in sources:
-            allowed = ", ".join(sorted(sources)) or "none"
-            raise Refused(f"the source {told['source']!r} is not allowed; allowed: {allowed}")
-        return cls(told["source"], told["path"], told["licence"], most)

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from darwin_exp.hitl.asked import RequestType, Standing, State
 from darwin_exp.hitl.inbox import Entry
+from darwin_exp.hitl.outcomes import Outcomes
 from darwin_exp.hitl.requests import Board
 from darwin_exp.report.patch import visible
 from darwin_exp.wording import clean, duration
@@ -40,6 +41,7 @@ _STYLES = {
     State.EXPIRED: "red",
     State.REVOKED: "red",
 }
+_TONES = {"yes": "green", "no": "red", "waiting": "yellow"}
 
 
 class EditorFailed(Exception):
@@ -49,22 +51,24 @@ class EditorFailed(Exception):
 # --- what is shown ---------------------------------------------------------------------------
 
 
-def listing(board: Board, now: float) -> RenderableType:
+def listing(board: Board, now: float, outcomes: Outcomes) -> RenderableType:
     """Return all requests as a table, those that wait first, and what else was said."""
     table = Table(title="requests", title_justify="left", title_style="bold")
-    for heading in ("id", "type", "asked by", "age", "state"):
+    for heading in ("id", "type", "asked by", "age", "state", "came of it"):
         table.add_column(heading, no_wrap=True)
     table.add_column("reason", overflow="fold")
     for one in sorted(board.requests.values(), key=lambda one: not one.waits):
+        came = outcomes.of_request(one)
         table.add_row(
             one.request.request_id,
             one.request.type.value,
             Text(clean(", ".join(one.askers))),
             duration(max(0.0, now - one.asked_at)),
             Text(_words(one.state), _STYLES[one.state]),
+            Text(came.word, _TONES[came.tone]) if came else Text("-", "dim"),
             Text(clean(one.request.reason)[:MOST_REASON]),
         )
-    lines = [Text(line) for line in _said(board)]
+    lines = [Text(line) for line in (*_said(board), clean(outcomes.problem)) if line]
     if not board.requests:
         return Group(Text("nobody has asked for anything yet"), *lines)
     n = len(board.waiting)
@@ -88,9 +92,16 @@ def _said(board: Board) -> list[str]:
     return lines
 
 
-def show(console: Console, standing: Standing, now: float) -> None:
-    """Print a request: who asks for what and why, the exact content, and the hash that binds it."""
+def show(
+    console: Console, standing: Standing, now: float, outcomes: Outcomes, concern: str = ""
+) -> None:
+    """Print a request: who asks for what and why, the exact content, and the hash that binds it.
+
+    Args:
+        concern: why what is asked for, or was granted, would be refused when it is carried out.
+    """
     request = standing.request
+    came = outcomes.of_request(standing)
     facts = Table.grid(padding=(0, 2))
     for name, value in (
         ("request", request.request_id),
@@ -102,6 +113,7 @@ def show(console: Console, standing: Standing, now: float) -> None:
         ("reason", request.reason),
         ("expected", request.expected_effect),
         ("last note", standing.note),
+        ("came of it", came.sentence if came else outcomes.problem),
     ):
         if value:
             facts.add_row(Text(name, "bold"), Text(clean(value)))
@@ -110,6 +122,9 @@ def show(console: Console, standing: Standing, now: float) -> None:
     show_content(console, "content", request.content, "diff" if is_patch else None)
     if standing.state is State.CHANGED and standing.granted_content is not None:
         show_content(console, "approved instead", standing.granted_content)
+    if concern:
+        warning = f"warning  as it stands it would be refused: {clean(concern)}"
+        console.print(Text(warning, "bold red"), soft_wrap=True)
     console.print(Text(f"hash     {request.content_hash}"), soft_wrap=True)
     for entry in standing.history[1:]:
         console.print(line_of(entry), soft_wrap=True)

@@ -173,7 +173,7 @@ class Store:
             for line in said:
                 announce(f"  | {line}")
             raise ImageError(
-                f"docker/Dockerfile, stage {target}: {failure}; the end of what it printed stands "
+                f"the image's stage {target}: {failure}; the end of what it printed stands "
                 "above (a step that installs packages needs a network: docs/containers.md)"
             )
         found = self.find(tag)

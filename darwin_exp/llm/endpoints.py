@@ -6,7 +6,8 @@ Never: asks a model anything, or takes what an endpoint does not tell for a proo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from urllib.parse import urlsplit
 
@@ -18,6 +19,7 @@ from darwin_exp.protocols import ModelsUnavailable
 
 _HAS_NO_LIST = (404, 405, 501)  # some servers answer questions only
 _N_SHOWN = 5
+_USUAL_END = "/v1"
 
 
 def check(models: Sequence[ModelSpec], timeout_seconds: float) -> list[str]:
@@ -33,11 +35,11 @@ def check(models: Sequence[ModelSpec], timeout_seconds: float) -> list[str]:
         ModelsUnavailable: an address that is none, no key or a wrong one, an endpoint that is
             down or is something else, or one of this machine that has no such model.
     """
+    check_addresses(models)
     wire = Wire(timeout_seconds)
     notes: list[str] = []
     listed: dict[tuple[str, str], tuple[str, ...]] = {}
     for model in models:
-        _refuse_bad_address(model)
         problem = keys.problem_with_key(model)
         if problem is not None:
             raise ModelsUnavailable(f"{model.name} at {model.base_url}: {problem}")
@@ -45,11 +47,36 @@ def check(models: Sequence[ModelSpec], timeout_seconds: float) -> list[str]:
         if endpoint not in listed:
             outcome = wire.names(model)
             if isinstance(outcome, Failure):
+                _refuse_half_an_address(outcome, model, wire)
                 notes += _judged(outcome, model)
                 outcome = ()
             listed[endpoint] = outcome
         notes += _looked_up(model, listed[endpoint])
     return list(dict.fromkeys(notes))
+
+
+def check_addresses(models: Iterable[ModelSpec]) -> None:
+    """Make sure that every model's address can be one, without asking anybody.
+
+    Raises:
+        ModelsUnavailable: one of them is none, or holds a password.
+    """
+    for model in models:
+        _refuse_bad_address(model)
+
+
+def _refuse_half_an_address(failure: Failure, model: ModelSpec, wire: Wire) -> None:
+    """Raise if what is asked for is not there, and is with the usual end of an address."""
+    url = model.base_url.rstrip("/")
+    if failure.status not in _HAS_NO_LIST or url.endswith(_USUAL_END):
+        return
+    whole = f"{url}{_USUAL_END}"
+    outcome = wire.names(replace(model, base_url=whole))
+    if outcome and not isinstance(outcome, Failure):
+        raise ModelsUnavailable(
+            f"{model.name}: base_url={model.base_url} leads nowhere, and models answer at {whole}; "
+            "write that"
+        )
 
 
 def _refuse_bad_address(model: ModelSpec) -> None:

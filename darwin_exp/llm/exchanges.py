@@ -27,6 +27,7 @@ from darwin_exp.llm.recording import Recording
 from darwin_exp.llm.wire import Answer, Wire
 from darwin_exp.protocols import (
     EditRequest,
+    Event,
     Finish,
     Interrupted,
     ModelsUnavailable,
@@ -87,6 +88,7 @@ class Exchanges:
                 reserved = journal.find("llm_reserved", event.key)
                 if reserved is not None:
                     wire.learn(ModelSpec(**reserved.payload["model"]), event.payload["refused"])
+        journal.listen(self._hear_of_budget, replay=False)
 
     def choose(self, request: EditRequest) -> ModelSpec:
         """Return the model that makes this edit, the same whenever it is asked again."""
@@ -120,6 +122,10 @@ class Exchanges:
             told["tokens_out"],
             told["usd"],
         )
+
+    def _hear_of_budget(self, event: Event) -> None:
+        if event.kind == "budget":
+            self._money.follow(event)
 
     # --- from a recording ------------------------------------------------------------------------
 

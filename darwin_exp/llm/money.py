@@ -9,12 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from darwin_exp.individual import ModelSpec
 from darwin_exp.llm.keys import is_loopback
 from darwin_exp.protocols import Event, ModelsUnavailable, Stopped
 
 MILLION = 1_000_000
+_CAP = "llm.max_"  # what the caps' keys begin with
 _ROUNDING = 1e-9  # three times 0.1 is not more than 0.3
 
 
@@ -100,11 +102,16 @@ class Money:
         wanted = Spend(usd or 0.0, tokens, 1)
         with self._mutex:
             spent = self._spent()
+            if usd is None and self._caps["usd"] is not None:  # a cap that was set while it ran
+                raise Stopped(
+                    f"llm.max_usd={_short(self._caps['usd'])} cannot be kept: a model has no "
+                    "price; resume with llm.prices"
+                )
             self._refuse_past_a_cap(spent, wanted)
             self._set_aside(key, wanted)
 
     def follow(self, event: Event) -> None:
-        """Take in an event of the journal; those that are not of calls are passed over."""
+        """Take in an event of the journal: a call, or a cap that a person has set."""
         payload = event.payload
         with self._mutex:
             if event.kind == "llm_reserved":
@@ -118,6 +125,8 @@ class Money:
                 self._reserved.pop(self._last_try.get(event.key, ""), None)
                 tokens = payload["tokens_in"] + payload["tokens_out"]
                 self._settled += Spend(payload["usd"] or 0.0, tokens, 1)
+            elif event.kind == "budget" and payload["key"].startswith(_CAP):
+                self._caps[payload["key"].removeprefix(_CAP)] = payload["value"]
 
     def usd_of(self, model: ModelSpec, tokens_in: int, tokens_out: int) -> float | None:
         """Return what so many tokens cost; None where the model has no price."""
@@ -137,9 +146,11 @@ class Money:
         unpriced = sorted({model.name for model in models if self._price(model) is None})
         if unpriced:
             example = ", ".join(f"{name}: [0.15, 0.6]" for name in unpriced)
+            close = {near for name in unpriced for near in get_close_matches(name, self._prices, 1)}
+            meant = f" (or is {', '.join(sorted(close))} meant?)" if close else ""
             raise ModelsUnavailable(
-                f"llm.max_usd needs a price for {', '.join(unpriced)}; write it in USD for a "
-                f"million tokens in and out, like this: 'llm.prices={{{example}}}'"
+                f"llm.max_usd needs a price for {', '.join(unpriced)}{meant}; write it in USD for "
+                f"a million tokens in and out, like this: 'llm.prices={{{example}}}'"
             )
 
     def estimate(
@@ -150,16 +161,22 @@ class Money:
         prompt_tokens: int,
         answer_tokens: int,
         models: Sequence[ModelSpec],
+        calls_per_rewrite: int = 1,
     ) -> Estimate:
         """Return what a run may ask and cost.
 
-        The least is one call for each individual, to the cheapest model; the most is every draft
-        of it and of every repair, to the dearest.
+        The least is one draft for each individual, from the cheapest model; the most is every
+        draft of it and of every repair, from the dearest.
 
         Args:
             prompt_tokens: of a prompt as it is to be expected; likewise `answer_tokens`.
+            calls_per_rewrite: that the draft of a rewrite takes, as is to be expected. That of a
+                repair takes one.
         """
-        calls = (n_individuals, n_individuals * max_drafts * (1 + max_repairs))
+        calls = (
+            n_individuals * calls_per_rewrite,
+            n_individuals * max_drafts * (calls_per_rewrite + max_repairs),
+        )
         each = prompt_tokens + answer_tokens
         usd = [self.usd_of(model, prompt_tokens, answer_tokens) for model in models]
         priced = [one for one in usd if one is not None]

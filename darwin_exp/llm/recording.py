@@ -23,8 +23,11 @@ from darwin_exp.protocols import Event
 from darwin_exp.trials import result_from
 
 FORMAT = 1
-# Decisions that depend on which slot was faster, or on what else this machine holds.
-DECISIONS = ("gate", "prompting", "library")
+# Decisions that depend on which slot was faster, on what else this machine holds, or on people.
+DECISIONS = (
+    *("gate", "prompting", "library"),
+    *("inbox", "review", "budget", "effect", "withdrawn"),
+)
 KINDS = ("llm_answered", "job", "timing", "retimed", *DECISIONS)
 
 

@@ -12,9 +12,14 @@ its numbers.
 - "expected_effect": one line: what you expect to improve, by how much, and why.
 """
 _JSON_TAIL = """\
-- "requests": what you would ask people for, mostly []. Each is {"type", "reason", "content"}; \
-"type" is one of dataset, script, file_structure, library, resources, question. Nobody answers \
-before this rewrite is trained, so it must do without.
+- "requests": what you would ask people for, mostly []. Each is {"type", "reason", "content"}. \
+"reason" says what it should improve, and by how much. "content" is a JSON object as text: for \
+"dataset" (more training text) {"source", "path", "licence", "most_mb"}; for "script" (a file for \
+your code) {"path", "text"}; for "file_structure" {"moves": {old: new}, "files": {path: text}, \
+"removes": [path]}; for "library" {"requirement": "name==version"}; for "resources" {"key": \
+"budget_seconds", "max_steps" or "memory_mb", "value"}; for "question" plain words. Nobody answers \
+before this rewrite is trained, so it must do without; what people said of earlier ones stands \
+under their guidance.
 """
 _PATHS = "Only .py, .json, .toml, .yaml and .txt files of the genome may be written."
 

@@ -26,6 +26,7 @@ from darwin_exp.mutation.results import compared, reached
 from darwin_exp.protocols import EditRequest, Message
 
 _MOST_GUIDANCE = 4_000  # characters, as of all that follows
+_MOST_NOTE = 600
 _MOST_PATCH = 60_000
 _MOST_MESSAGE = 1_000
 _MOST_LOG = 6_000
@@ -45,7 +46,7 @@ class Surroundings:
         device: one line, such as "cpu, 1 thread, Intel Xeon".
         fitness: what counts, in a sentence.
         contract: the text of CONTRACT.md.
-        guidance: what the people who run this want the editors to heed.
+        guidance: what the people who run this want all editors to heed, from its beginning.
         speed_counts: whether speed bears on the result. Where steps bound a run and perplexity
             judges it, it does not; rates are then left out, and a repeated run asks the same.
     """
@@ -80,7 +81,7 @@ def draft_prompt(
         _device(about),
         _files("The parent's files", request.parent.genome),
         *_experience(request, about),
-        _guidance(about),
+        _guidance(request, about),
     ]
     return fitted(_system(about), sections, _answer(form), budget_tokens, count)
 
@@ -124,7 +125,7 @@ def chunk_prompt(
             "both ends",
         ),
         *_experience(request, about, (chunk.file,)),
-        _guidance(about),
+        _guidance(request, about),
     ]
     return fitted(_system(about), sections, _answer("chunk"), budget_tokens, count)
 
@@ -160,7 +161,7 @@ def repair_prompt(
         _what_went_wrong(failure),
         _patch("the change that broke it", "## The change that broke it\n\n", patch, rank=0),
         _lessons(request, rank=1, files=changed),
-        _guidance(about),
+        _guidance(request, about),
     ]
     return fitted(_system(about), sections, _answer(form), budget_tokens, count)
 
@@ -262,13 +263,18 @@ def _ended(text: str) -> str:
     return text if text.endswith("\n") or not text else f"{text}\n"
 
 
-def _guidance(about: Surroundings) -> str:
-    if not about.guidance.strip():
+def _guidance(request: EditRequest, about: Surroundings) -> str:
+    """Return what people say: what holds for the whole run, and what they said while it ran."""
+    standing = quoted(about.guidance, _MOST_GUIDANCE) if about.guidance.strip() else ""
+    said = "\n".join(f"- {one_line(note, _MOST_NOTE)}" for note in request.guidance)
+    # Of many notes the last ones stay.
+    lines = standing + (quoted(said, _MOST_GUIDANCE, "end") if said else "")
+    if not lines:
         return ""
-    lines = re.sub(r"^\|", ">", quoted(about.guidance, _MOST_GUIDANCE), flags=re.MULTILINE)
+    shown = re.sub(r"^\|", ">", lines, flags=re.MULTILINE)
     return (
         "## Guidance from people\n\nFrom those who run this, for you to heed; it changes no rule:\n"
-        f"{lines}\n"
+        f"{shown}\n"
     )
 
 

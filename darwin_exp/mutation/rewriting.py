@@ -48,25 +48,20 @@ def apply(genome: Genome, edits: Iterable[FileEdit]) -> Genome:
         EditFailed: one of them does not fit (DOES_NOT_APPLY), names a file that must not be written
             (FORBIDDEN_PATH), or all together change nothing (NO_OP). The genome is as it was.
     """
+    edits = tuple(edits)
     files = dict(genome.files)
     touched: set[str] = set()
-    for edit in edits:
-        check_path(edit.file, files)
-        if not edit.search and edit.file in touched:
-            raise _does_not_apply(
-                f"an edit with an empty search writes all of {edit.file}, and an earlier one of "
-                "the same answer would be lost"
-            )
+    # Whole files are told apart by their names; of several places in one file only a number is.
+    numbered = len(edits) > 1 and any(edit.search for edit in edits)
+    for number, edit in enumerate(edits, start=1):
+        try:
+            new = _made(edit, files, edit.file in touched)
+        except EditFailed as refusal:
+            if not numbered:
+                raise
+            told = f"edit {number} of {len(edits)}: {refusal}"
+            raise EditFailed(refusal.reason, told, again=True) from refusal
         touched.add(edit.file)
-        if edit.search:
-            if edit.file not in files:
-                raise _does_not_apply(
-                    f"there is no file {edit.file}; an edit with an empty search writes a new one"
-                )
-            new = replaced_once(files[edit.file], edit.search, edit.replace, edit.file)
-        else:
-            new = _line_feeds(edit.replace)
-        _check_marks(edit.file, files.get(edit.file, ""), new)
         files[edit.file] = new
     try:
         changed = Genome.of(files)
@@ -75,6 +70,33 @@ def apply(genome: Genome, edits: Iterable[FileEdit]) -> Genome:
     if changed == genome:
         raise EditFailed(Reason.NO_OP, "the answer changes nothing", again=True)
     return changed
+
+
+def _made(edit: FileEdit, files: Mapping[str, str], is_touched: bool) -> str:
+    """Return what an edit makes of its file.
+
+    Args:
+        is_touched: whether an earlier edit of the same answer changed that file.
+
+    Raises:
+        EditFailed: it does not fit, or names a file that must not be written.
+    """
+    check_path(edit.file, files)
+    if not edit.search:
+        if is_touched:
+            raise _does_not_apply(
+                f"an edit with an empty search writes all of {edit.file}, and an earlier one of "
+                "the same answer would be lost"
+            )
+        new = _line_feeds(edit.replace)
+    elif edit.file not in files:
+        raise _does_not_apply(
+            f"there is no file {edit.file}; an edit with an empty search writes a new one"
+        )
+    else:
+        new = replaced_once(files[edit.file], edit.search, edit.replace, edit.file)
+    _check_marks(edit.file, files.get(edit.file, ""), new)
+    return new
 
 
 def replaced_once(text: str, search: str, replace: str, file: str) -> str:

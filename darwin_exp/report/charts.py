@@ -1,4 +1,4 @@
-"""The charts of a report: agents by generation, best so far, trade-offs, edits, time.
+"""The charts of a report: agents by generation, best so far, trade-offs.
 
 Reads: facts. Writes: markup.
 Never: tells things apart by colour alone; marks have shapes, and tables stand beside them.
@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from darwin_exp.chronicle import Agent
-from darwin_exp.report.effects import MFU, PERPLEXITY, Mean
-from darwin_exp.report.facts import Facts, signed
+from darwin_exp.report.boundaries import Stretch, lines, measured_again, name_of, stretches
+from darwin_exp.report.effects import MFU, PERPLEXITY
+from darwin_exp.report.facts import Facts
 from darwin_exp.report.progress import progress
 from darwin_exp.report.svg import (
     HEIGHT,
@@ -41,8 +43,8 @@ GLYPHS = {
     "INFRA_LOST": "?",
 }
 LEFT, BELOW, RUG = 58, 52, 13  # pixels beside and below the axes, and a row of the failed
+BESIDE_LINE = 0.44  # of a generation, right of whose beginning those measured again stand
 MANY = 200  # agents, from which on their marks are small
-STAGE_NAMES = ("startup", "training", "scoring", "overhead", "idle")
 
 
 def linked(agent: Agent, *marks: Markup) -> Markup:
@@ -51,15 +53,19 @@ def linked(agent: Agent, *marks: Markup) -> Markup:
 
 
 def by_generation(facts: Facts, metric: str) -> Markup:
-    """Draw every agent's perplexity or MFU by generation."""
+    """Draw every agent's perplexity or MFU by generation, as it was when the agent was made.
+
+    Where a new environment was opened stand those who were measured again in it.
+    """
     lower_is_better = metric == PERPLEXITY
     name = "Validation perplexity" if lower_is_better else "MFU"
-    agents = facts.chronicle.agents
-    measured = [(a, v) for a in agents if (v := a.value(metric)) is not None]
-    base = base_values(facts, metric)
-    best = (min if lower_is_better else max)((v for _, v in measured), default=None)
-    held = base if best is None else [*base, best]
-    low, high = robust_limits([v for _, v in measured], held)
+    chronicle, agents = facts.chronicle, facts.chronicle.agents
+    dots = _dots(facts, metric)
+    base = [base_values(facts, metric, one.index) for one in chronicle.environments]
+    choose = min if lower_is_better else max
+    best = choose((dot.value for dot in dots), default=None)
+    held = [value for values in base for value in values]
+    low, high = robust_limits([dot.value for dot in dots], held if best is None else [*held, best])
     last = max((agent.generation for agent in agents), default=0)
     plane = Plane(
         Scale(-0.6, last + 0.6, LEFT, WIDTH - 16),
@@ -71,35 +77,75 @@ def by_generation(facts: Facts, metric: str) -> Markup:
         "generation",
         f"{name} ({'lower' if lower_is_better else 'higher'} is better)",
     )
-    marks += _base_band(plane, base)
-    marks += [_point(facts, plane, agent, value) for agent, value in measured]
-    marks += _best_line(plane, measured, last, min if lower_is_better else max)
+    parts = stretches(chronicle, plane.x.low, plane.x.high)
+    for part, values in zip(parts, base, strict=True):
+        marks += _base_band(plane, values, part)
+    marks += lines(chronicle, plane, [part.begin for part in parts[1:]])
+    marks += [_point(facts, plane, dot) for dot in dots]
+    for part in parts:
+        marks += _best_line(plane, dots, part, last, choose)
     marks += _rug(plane, agents)
-    summary = f"{len(measured)} of {len(agents)} agents over {last + 1} generations"
+    measured = sum(dot.is_first for dot in dots)
+    summary = f"{measured} of {len(agents)} agents over {last + 1} generations"
     if best is not None:
-        summary += f"; the best reached {best:.4g}"
-    if base:
-        summary += f"; the base's {len(base)} runs lie between {min(base):.4g} and {max(base):.4g}"
-    if not measured:
+        here = [dot.value for dot in dots if dot.environment == chronicle.current.index]
+        summary += f"; the best reached {choose(here, default=best):.4g}"
+    if base[-1]:
+        runs = f"the base's {len(base[-1])} runs"
+        summary += f"; {runs} lie between {min(base[-1]):.4g} and {max(base[-1]):.4g}"
+    if len(parts) > 1:
+        summary += f", both in {name_of(chronicle, chronicle.current)}"
+    if not dots:
         marks.append(_nothing(f"no {name} was measured"))
     return picture(f"{name} by generation", summary, marks, height=plane.height)
 
 
-def base_values(facts: Facts, metric: str) -> list[float]:
-    """Return what the base's runs measured in the search."""
+@dataclass(frozen=True)
+class _Dot:
+    """An agent's value in one environment, and where it stands along the generations."""
+
+    agent: Agent
+    environment: int
+    place: float
+    value: float
+
+    @property
+    def is_first(self) -> bool:
+        return self.environment == self.agent.made_in
+
+
+def _dots(facts: Facts, metric: str) -> list[_Dot]:
+    """Return all of them, those made in an environment before those measured again in one."""
     found = []
-    for event in facts.chronicle.base_repeats:
+    for agent in facts.chronicle.agents:
+        value = agent.measurements[agent.made_in].values.get(metric)
+        if value is not None:
+            found.append(_Dot(agent, agent.made_in, _column(agent), value))
+    for environment in facts.chronicle.environments[1:]:
+        for again in measured_again(facts.chronicle, environment):
+            value = again.value(metric)
+            if value is not None:
+                place = environment.generation - BESIDE_LINE
+                found.append(_Dot(again, environment.index, place, value))
+    return found
+
+
+def base_values(facts: Facts, metric: str, environment: int) -> list[float]:
+    """Return what the base's runs measured in the search, in one environment."""
+    found = []
+    for event in facts.chronicle.base_repeats_in(environment):
         value = {**event.payload["metrics"], **event.measured.get("rates", {})}.get(metric)
         if value is not None:
             found.append(float(value))
     return found
 
 
-def _base_band(plane: Plane, base: Sequence[float]) -> list[Markup]:
-    if not base:
+def _base_band(plane: Plane, base: Sequence[float], part: Stretch) -> list[Markup]:
+    left = plane.x.start if part.begin <= plane.x.low else plane.x(part.begin)
+    right = plane.x.end if part.end >= plane.x.high else plane.x(part.end)
+    if not base or left >= right:
         return []
     top, bottom = plane.y(max(base)), plane.y(min(base))
-    left, right = plane.x.start, plane.x.end
     middle = plane.y(sum(base) / len(base))
     return [
         tag("rect", class_="band", x=left, y=top, width=right - left, height=max(1, bottom - top)),
@@ -107,21 +153,23 @@ def _base_band(plane: Plane, base: Sequence[float]) -> list[Markup]:
     ]
 
 
-def _point(facts: Facts, plane: Plane, agent: Agent, value: float) -> Markup:
-    x = _column(plane, agent)
+def _point(facts: Facts, plane: Plane, dot: _Dot) -> Markup:
+    x, value = plane.x(dot.place), dot.value
     if not plane.y.holds(value):
         up = value > plane.y.high
         y = plane.y.end + 8 if up else plane.y.start - 4
         arrow = f"{'↑' if up else '↓'}{value:.3g}"
-        return linked(agent, tag("text", arrow, class_="beyond", x=x, y=y, text_anchor="middle"))
-    return linked(agent, *_mark(facts, agent, x, plane.y(value)))
+        words = tag("text", arrow, class_="beyond", x=x, y=y, text_anchor="middle")
+        return linked(dot.agent, words)
+    return linked(dot.agent, *_mark(facts, dot.agent, dot.environment, x, plane.y(value)))
 
 
-def _mark(facts: Facts, agent: Agent, x: float, y: float) -> list[Markup]:
+def _mark(facts: Facts, agent: Agent, environment: int, x: float, y: float) -> list[Markup]:
     """Return an agent's mark: filled if it survived, a square for the base, ringed if selected."""
-    chosen = facts.chronicle.selected
+    chosen, here = facts.chronicle.selected, facts.chronicle.claimed_in.index
     drawn = []
-    if chosen is not None and chosen is agent:
+    is_chosen = chosen is not None and chosen.individual_id == agent.individual_id
+    if is_chosen and environment == here:
         drawn.append(tag("circle", class_="chosen", cx=x, cy=y, r=9))
     if agent.is_base:
         drawn.append(
@@ -136,23 +184,27 @@ def _mark(facts: Facts, agent: Agent, x: float, y: float) -> list[Markup]:
 
 
 def _best_line(
-    plane: Plane,
-    measured: Sequence[tuple[Agent, float]],
-    last: int,
-    choose: Callable[..., float],
+    plane: Plane, dots: Sequence[_Dot], part: Stretch, last: int, choose: Callable[..., float]
 ) -> list[Markup]:
+    """Draw the best so far within one environment."""
     by_generation: dict[int, list[float]] = {}
-    for agent, value in measured:
-        by_generation.setdefault(agent.generation, []).append(value)
+    first = part.environment.generation
+    for dot in dots:
+        if dot.environment == part.environment.index:
+            # Those measured again were there before the environment's first generation was.
+            generation = dot.agent.generation if dot.is_first else first
+            by_generation.setdefault(generation, []).append(dot.value)
     best, points = None, []
-    for generation in range(last + 1):
+    for generation in range(first, last + 1):
+        if generation - 0.5 >= part.end:
+            break
         known = [*by_generation.get(generation, ()), *([] if best is None else [best])]
         if known:
             best = choose(known)
             points.append((plane.x(generation - 0.5), plane.y(best)))
     if best is None:
         return []
-    points.append((plane.x(last + 0.5), plane.y(best)))
+    points.append((plane.x(min(part.end, last + 0.5)), plane.y(best)))
     return [tag("path", class_="best", d=steps(points))]
 
 
@@ -168,15 +220,15 @@ def _rug(plane: Plane, agents: Sequence[Agent]) -> list[Markup]:
         words = f"{len(failed)} {glyph}"
         drawn.append(tag("text", words, class_="tick", x=LEFT - 8, y=y, text_anchor="end"))
         for agent in failed:
-            x = _column(plane, agent)
+            x = plane.x(_column(agent))
             mark = tag("text", glyph, class_="rug", x=x, y=y, text_anchor="middle")
             drawn.append(linked(agent, mark))
     return drawn
 
 
-def _column(plane: Plane, agent: Agent) -> float:
+def _column(agent: Agent) -> float:
     # Steps of the golden ratio fill a generation's width evenly, however many slots there are.
-    return plane.x(agent.generation + 0.62 * ((agent.slot * 0.618034) % 1.0 - 0.5))
+    return agent.generation + 0.62 * ((agent.slot * 0.618034) % 1.0 - 0.5)
 
 
 def _nothing(words: str) -> Markup:
@@ -194,17 +246,24 @@ def best_so_far(facts: Facts) -> Markup:
     plane = Plane(Scale(0, max(1, n), LEFT, WIDTH - 16), Scale(low, high, HEIGHT - BELOW, 34))
     words = "; ".join(filter(None, ("rewrites finished", found.remark)))
     marks = plane.grid(whole_ticks(n, 10), words, found.label)
+    marks += lines(facts.chronicle, plane, found.opened_at)
     marks += [
         linked(agent, tag("circle", class_="point", cx=plane.x(k), cy=plane.y(value), r=2.4))
         for k, agent, value in found.each
         if plane.y.holds(value)
     ]
     summary = "; ".join(filter(None, (f"{n} rewrites", found.remark)))
+    for one, end in zip(found.curves, (*found.opened_at, plane.x.high), strict=True):
+        if one:
+            points = [(plane.x(k), plane.y(value)) for k, value in one]
+            points.append((plane.x(end), points[-1][1]))
+            marks.append(tag("path", class_="best", d=steps(points)))
     if curve:
-        points = [(plane.x(k), plane.y(value)) for k, value in curve]
-        points.append((plane.x.end, points[-1][1]))
-        marks.append(tag("path", class_="best", d=steps(points)))
-        summary += f"; from {curve[0][1]:.4g} to {curve[-1][1]:.4g}"
+        here = found.curves[-1] or curve
+        where = (
+            f"in {name_of(facts.chronicle, facts.chronicle.current)} " if found.opened_at else ""
+        )
+        summary += f"; {where}from {here[0][1]:.4g} to {here[-1][1]:.4g}"
     else:
         marks.append(_nothing("nothing was measured"))
     return picture("Best so far by rewrites finished", summary, marks)
@@ -227,10 +286,10 @@ def pareto_front(agents: Sequence[Agent]) -> list[Agent]:
 
 
 def trade_offs(facts: Facts) -> Markup:
-    """Draw perplexity against MFU, with the front that nobody beats in both."""
+    """Draw perplexity against MFU in the last environment, and the front nobody beats in both."""
     agents = [
         agent
-        for agent in facts.chronicle.agents
+        for agent in facts.chronicle.compared
         if agent.value(PERPLEXITY) is not None and agent.value(MFU) is not None
     ]
     front = pareto_front(agents)
@@ -258,122 +317,9 @@ def trade_offs(facts: Facts) -> Markup:
     for agent in agents:
         x, y = agent.values[MFU], agent.values[PERPLEXITY]
         if plane.x.holds(x) and plane.y.holds(y):
-            drawn = _mark(facts, agent, plane.x(x), plane.y(y))
+            drawn = _mark(facts, agent, agent.environment, plane.x(x), plane.y(y))
             if agent.individual_id in members:
                 drawn.append(tag("circle", class_="member", cx=plane.x(x), cy=plane.y(y), r=7))
             marks.append(linked(agent, *drawn))
     summary = f"{len(agents)} agents with both figures; {len(front)} on the front"
     return picture("Perplexity against MFU", summary, marks)
-
-
-# --- edits, time ----------------------------------------------------------------------------------
-
-
-def operator_effects(facts: Facts, which: str) -> Markup | None:
-    """Draw each operator's mean effect with its interval; None where nothing was measured."""
-    wanted = [(r.name, getattr(r, which)) for r in facts.operators]
-    rows: list[tuple[str, Mean]] = [(name, mean) for name, mean in wanted if mean is not None]
-    if not rows:
-        return None
-    lower_is_better = which == "perplexity"
-    rows.sort(key=lambda row: row[1].percent if lower_is_better else -row[1].percent)
-    ends = [v for _, mean in rows for v in (mean.percent, mean.low, mean.high) if v is not None]
-    middle = [mean.percent for _, mean in rows]
-    reach = 2.5 * max(max(map(abs, middle)), 1.0)
-    low, high = max(min(ends, default=0.0), -reach), min(max(ends, default=0.0), reach)
-    low, high = min(low, 0.0), max(high, 0.0)
-    room = 0.05 * (high - low) or 1.0
-    height = 74 + 24 * len(rows)
-    plane = Plane(
-        Scale(low - room, high + room, 150, WIDTH - 112),
-        Scale(len(rows) - 0.5, -0.5, height - 56, 14),
-        height=height,
-    )
-    marks = []
-    for value in plane.x.ticks(7):
-        x = plane.x(value)
-        kind = "axis" if abs(value) < 1e-9 else "grid"
-        marks.append(tag("line", class_=kind, x1=x, x2=x, y1=plane.y.end, y2=plane.y.start))
-        words = signed(value, 0 if plane.x.high - plane.x.low > 7 else 1)
-        marks.append(
-            tag("text", words, class_="tick", x=x, y=plane.y.start + 18, text_anchor="middle")
-        )
-    for row, (name, mean) in enumerate(rows):
-        marks += _interval(
-            plane, row, name, mean, mean.percent < 0 if lower_is_better else mean.percent > 0
-        )
-    direction = "left" if lower_is_better else "right"
-    marks.append(
-        tag(
-            "text",
-            f"mean change against the parent ({direction} is better), 95 % interval, n",
-            class_="label",
-            x=(plane.x.start + plane.x.end) / 2,
-            y=height - 12,
-            text_anchor="middle",
-        )
-    )
-    clear = [
-        f"{name} {signed(mean.percent)}"
-        for name, mean in rows
-        if mean.low is not None and mean.high is not None and mean.low * mean.high > 0
-    ]
-    summary = "Clear of zero: " + (", ".join(clear) or "none")
-    what = "perplexity" if lower_is_better else "MFU"
-    return picture(f"Mean effect of each edit on {what}", summary, marks, height=height)
-
-
-def _interval(plane: Plane, row: int, name: str, mean: Mean, better: bool) -> list[Markup]:
-    y = plane.y(row)
-    left, right = plane.x.start, plane.x.end
-    shown = name if len(name) <= 22 else f"{name[:21]}…"
-    drawn = [tag("text", shown, class_="row-name", x=left - 10, y=y + 4, text_anchor="end")]
-    if mean.low is not None and mean.high is not None:
-        ends = [min(right, max(left, plane.x(v))) for v in (mean.low, mean.high)]
-        drawn.append(tag("line", class_="interval", x1=ends[0], x2=ends[1], y1=y, y2=y))
-    x = min(right, max(left, plane.x(mean.percent)))
-    known = mean.low is not None
-    kind = ("better" if better else "worse") + (" known" if known else "")
-    if better:
-        drawn.append(tag("circle", class_=f"dot {kind}", cx=x, cy=y, r=5))
-    else:
-        drawn.append(tag("rect", class_=f"dot {kind}", x=x - 4.5, y=y - 4.5, width=9, height=9))
-    words = f"{signed(mean.percent)}  n={mean.n}"
-    drawn.append(tag("text", words, class_="tick", x=right + 10, y=y + 4))
-    return drawn
-
-
-def time_by_stage(facts: Facts) -> Markup:
-    """Draw what the slots did in each phase, as stacked bars of slot time."""
-    phases = facts.phases
-    height = 50 + 22 * len(phases)
-    longest = max((sum(p.slot_seconds.values()) for p in phases), default=0.0) or 1.0
-    scale = Scale(0, longest, 110, WIDTH - 70)
-    marks = []
-    for row, phase in enumerate(phases):
-        y, at = 10 + 22 * row, 0.0
-        marks.append(tag("text", phase.name, class_="row-name", x=100, y=y + 12, text_anchor="end"))
-        for stage in STAGE_NAMES:
-            seconds = phase.slot_seconds.get(stage, 0.0)
-            width = scale(seconds) - scale(0)
-            if width >= 0.3:
-                told = tag("title", f"{phase.name}: {stage} {seconds:.1f} s")
-                marks.append(
-                    tag(
-                        "rect",
-                        told,
-                        class_=f"stage {stage}",
-                        x=scale(at),
-                        y=y,
-                        width=width,
-                        height=16,
-                    )
-                )
-            at += seconds
-        marks.append(tag("text", f"{at:,.0f} s", class_="tick", x=scale(at) + 6, y=y + 12))
-    words = "slot seconds by what the slots did"
-    marks.append(
-        tag("text", words, class_="label", x=WIDTH / 2, y=height - 8, text_anchor="middle")
-    )
-    summary = "The table below holds the same figures"
-    return picture("Time by stage", summary, marks, height=height)

@@ -1,7 +1,11 @@
 """What edits did: every agent against its parent, and every operator over all agents.
 
 Reads: a chronicle. Writes: nothing.
-Never: compares a re-timed rate with a searched one, or guesses a spread from a single outcome.
+Never: compares a re-timed rate with a searched one, or what was measured in two environments;
+guesses a spread from a single outcome.
+
+A rewrite is compared with its parent in the environment that it was made in: both were measured
+there, whatever was measured again later.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from darwin_exp.chronicle import Agent, Chronicle
+from darwin_exp.chronicle import Agent, Chronicle, Measurement, environment_of
 from darwin_exp.individual import Status
 from darwin_exp.protocols import Event
 from darwin_exp.statistics import NoiseFloor, z_score
@@ -82,35 +86,49 @@ class _Tally:
     mfu: list[tuple[float, float]] = field(default_factory=list)
 
 
-def noise_floor(chronicle: Chronicle) -> NoiseFloor:
-    """Return the last spread of the base's fitness that a generation recorded."""
+def noise_floor(chronicle: Chronicle, environment: int | None = None) -> NoiseFloor:
+    """Return the last spread of the base's fitness that a generation recorded.
+
+    Args:
+        environment: the index of the one that it was recorded in; None for the last.
+    """
+    here = chronicle.current.index if environment is None else environment
     for event in reversed(chronicle.events):
-        if event.kind == "generation" and event.payload.get("noise_sd") is not None:
-            return NoiseFloor(event.payload["noise_sd"], len(chronicle.base_repeats))
+        if event.kind == "generation" and environment_of(event) == here:
+            noise = event.payload.get("noise_sd")
+            if noise is not None:
+                return NoiseFloor(noise, len(chronicle.base_repeats_in(here)))
     return NoiseFloor()
 
 
 def effects(chronicle: Chronicle) -> dict[str, Effect]:
     """Return each rewrite's effect against its parent, by individual id."""
-    noise, searched = noise_floor(chronicle), _searched_mfu(chronicle)
+    noise = {one.index: noise_floor(chronicle, one.index) for one in chronicle.environments}
     below_zero_is_nats = chronicle.config.get("fitness.name") == "mfu"
     found = {}
     for agent in chronicle.rewrites:
-        parent = chronicle.agent(agent.parent_ids[0]) if agent.parent_ids else None
-        if parent is None:
+        pair = at_birth(chronicle, agent)
+        if pair is None:
             continue
+        child, parent = pair
         gain = None
-        if agent.fitness is not None and parent.fitness is not None:
-            gain = agent.fitness - parent.fitness
-            if below_zero_is_nats and min(agent.fitness, parent.fitness) < 0:
+        if child.fitness is not None and parent.fitness is not None:
+            gain = child.fitness - parent.fitness
+            if below_zero_is_nats and min(child.fitness, parent.fitness) < 0:
                 gain = None  # of other units than the noise floor, which is one of MFU
-        mfu = log_ratio(searched.get(agent.individual_id), searched.get(parent.individual_id))
         found[agent.individual_id] = Effect(
-            percent_of(log_ratio(agent.value(PERPLEXITY), parent.value(PERPLEXITY))),
-            percent_of(mfu),
-            z_score(gain, noise),
+            percent_of(log_ratio(child.values.get(PERPLEXITY), parent.values.get(PERPLEXITY))),
+            percent_of(log_ratio(child.searched.get(MFU), parent.searched.get(MFU))),
+            z_score(gain, noise[agent.made_in]),
         )
     return found
+
+
+def at_birth(chronicle: Chronicle, agent: Agent) -> tuple[Measurement, Measurement] | None:
+    """Return an agent's and its parent's measurement in the environment that it was made in."""
+    parent = chronicle.agent(agent.parent_ids[0]) if agent.parent_ids else None
+    before = parent.measurements.get(agent.made_in) if parent is not None else None
+    return None if before is None else (agent.measurements[agent.made_in], before)
 
 
 def operator_records(chronicle: Chronicle) -> list[OperatorRecord]:
@@ -120,7 +138,7 @@ def operator_records(chronicle: Chronicle) -> list[OperatorRecord]:
     the whole change with a weight of 1/k, because nobody knows which of them did it. A rewrite
     that failed and was mended counts twice as tried: as it failed, and as it ended.
     """
-    searched, tallies = _searched_mfu(chronicle), dict[str, _Tally]()
+    tallies = dict[str, _Tally]()
     last = {event.payload["individual_id"]: event.key for event in _made(chronicle)}
     outcomes = _outcomes(chronicle)
     for event in _made(chronicle):
@@ -140,7 +158,7 @@ def operator_records(chronicle: Chronicle) -> list[OperatorRecord]:
             tally.ok += 1
             tally.alone += n_new == 1
             if is_final and agent is not None:
-                _add_outcome(tally, chronicle, agent, searched, 1 / n_new)
+                _add_outcome(tally, chronicle, agent, 1 / n_new)
     records = [
         OperatorRecord(
             name,
@@ -171,32 +189,17 @@ def _outcomes(chronicle: Chronicle) -> dict[str, str]:
     }
 
 
-def _add_outcome(
-    tally: _Tally,
-    chronicle: Chronicle,
-    agent: Agent,
-    searched: Mapping[str, float],
-    weight: float,
-) -> None:
-    parent = chronicle.agent(agent.parent_ids[0])
-    if parent is None:
+def _add_outcome(tally: _Tally, chronicle: Chronicle, agent: Agent, weight: float) -> None:
+    pair = at_birth(chronicle, agent)
+    if pair is None:
         return
-    change = log_ratio(agent.value(PERPLEXITY), parent.value(PERPLEXITY))
+    child, parent = pair
+    change = log_ratio(child.values.get(PERPLEXITY), parent.values.get(PERPLEXITY))
     if change is not None:
         tally.perplexity.append((weight, change))
-    change = log_ratio(searched.get(agent.individual_id), searched.get(parent.individual_id))
+    change = log_ratio(child.searched.get(MFU), parent.searched.get(MFU))
     if change is not None:
         tally.mfu.append((weight, change))
-
-
-def _searched_mfu(chronicle: Chronicle) -> dict[str, float]:
-    """Return MFUs as the search measured them: all by one method, before any was re-timed."""
-    found = {}
-    for event in chronicle.of_kind("individual"):
-        mfu = (event.measured.get("rates") or {}).get(MFU)
-        if mfu is not None:
-            found[str(event.payload["individual_id"])] = float(mfu)
-    return found
 
 
 def mean_of(outcomes: Sequence[tuple[float, float]]) -> Mean | None:

@@ -18,14 +18,14 @@ from typing import Any
 from darwin_exp import summary as summaries
 from darwin_exp.chronicle import Agent, Chronicle
 from darwin_exp.protocols import Event
+from darwin_exp.report.boundaries import name_of
 from darwin_exp.report.effects import Effect, OperatorRecord, effects, operator_records
 from darwin_exp.report.exchanges import Exchanges, exchanges
+from darwin_exp.report.people import People, people
+from darwin_exp.report.phases import Phase, phases_of
 
-STAGES = ("startup", "training", "scoring", "overhead")
 LOG_LINES = 24
 LOGS_PER_REASON = 12  # of a run with hundreds of failures, some logs of each kind say it all
-CLOSING_KINDS = ("timing", "retimed", "test_read", "equal_steps", "claim")
-CLOSING_PURPOSES = ("claim", "equal_steps")
 STATUS_IN_WORDS = {
     "finished": "finished",
     "stopped": "stopped at a cap",
@@ -75,20 +75,6 @@ class FailureGroup:
 
 
 @dataclass(frozen=True)
-class Phase:
-    """A part of the run: a generation, or its closing.
-
-    Attributes:
-        wall_seconds: for which a process worked at it.
-        slot_seconds: what the slots did meanwhile, by stage; idle where the slots are known.
-    """
-
-    name: str
-    wall_seconds: float
-    slot_seconds: Mapping[str, float]
-
-
-@dataclass(frozen=True)
 class Facts:
     """Everything that page and pictures show of a run.
 
@@ -97,6 +83,7 @@ class Facts:
         ablate_command: takes that champion apart.
         n_unclaimed: rewrites that were finished after the last claim, and so have no part in it.
         asked: what language models did; None where none was asked.
+        people: what people had to do with it; None where they had nothing.
     """
 
     chronicle: Chronicle
@@ -116,6 +103,7 @@ class Facts:
     n_unclaimed: int = 0
     children: Mapping[str, Sequence[Agent]] = field(default_factory=dict)
     asked: Exchanges | None = None
+    people: People | None = None
 
     @property
     def n_slots(self) -> int | None:
@@ -142,6 +130,9 @@ def gather(chronicle: Chronicle, run_folder: Path, status: str | None = None) ->
         siblings.sort(key=lambda agent: (agent.generation, agent.slot))
     kept = (event.payload.get("survivors") or () for event in chronicle.of_kind("generation"))
     changes, line = effects(chronicle), line_of(chronicle, chronicle.selected)
+    n_slots = slots(chronicle)
+    phases = phases_of(chronicle, n_slots)
+    slot_seconds = n_slots * sum(one.wall_seconds for one in phases) if n_slots else None
     return Facts(
         chronicle,
         summary,
@@ -150,7 +141,7 @@ def gather(chronicle: Chronicle, run_folder: Path, status: str | None = None) ->
         operator_records(chronicle),
         statements(chronicle, summary),
         _failures(chronicle),
-        _phases(chronicle),
+        phases,
         frozenset(str(name) for names in kept for name in names),
         line,
         _base_failure(chronicle),
@@ -159,6 +150,7 @@ def gather(chronicle: Chronicle, run_folder: Path, status: str | None = None) ->
         _n_unclaimed(chronicle),
         children,
         exchanges(chronicle, changes, line, summary),
+        people(chronicle, slot_seconds),
     )
 
 
@@ -205,6 +197,11 @@ def line_of(chronicle: Chronicle, agent: Agent | None) -> list[Agent]:
     return line[::-1]
 
 
+def steps_of(chronicle: Chronicle) -> int:
+    """Return how many steps a training took where the last claim was made, of a run by steps."""
+    return int(chronicle.claimed_in.changed.get("max_steps") or chronicle.config["max_steps"])
+
+
 # --- what may be claimed --------------------------------------------------------------------------
 
 
@@ -213,7 +210,10 @@ def statements(chronicle: Chronicle, summary: Mapping[str, Any]) -> list[Stateme
     gain = summary["improvement"]
     steps, by_steps = gain.get("equal_steps"), chronicle.config.get("max_steps") is not None
     if by_steps:  # then both are one claim, and the clock decided nothing
-        gain = {**gain, "n_steps": chronicle.config["max_steps"]}
+        gain = {**gain, "n_steps": steps_of(chronicle)}
+    if chronicle.claimed_in.index:
+        within = f"both in {name_of(chronicle, chronicle.claimed_in)}"
+        gain, steps = {**gain, "within": within}, steps and {**steps, "within": within}
     words = [
         _perplexity_statement(
             "at equal steps" if by_steps else "at equal time", gain, _last_claim(chronicle, "claim")
@@ -243,7 +243,7 @@ def _perplexity_statement(at: str, gain: Mapping[str, Any], claim: Mapping[str, 
     if percent is None:
         why = gain.get("why_none") or "it takes two scored trainings of each side at least"
         return Statement(about, "", "No claim", sentence(str(why)))
-    rests = []
+    rests = [gain["within"]] if gain.get("within") else []
     if interval is not None:
         rests.append(f"95 % interval of the change {_range(interval)}")
     if p_value is not None:
@@ -306,7 +306,7 @@ def sentence(words: str) -> str:
     return words[:1].upper() + words[1:] + ("" if words.endswith((".", "!", "?")) else ".")
 
 
-# --- failures, times, settings --------------------------------------------------------------------
+# --- failures, slots, settings --------------------------------------------------------------------
 
 
 def _failures(chronicle: Chronicle) -> list[FailureGroup]:
@@ -340,48 +340,10 @@ def _base_failure(chronicle: Chronicle) -> Event | None:
     return jobs[-1] if jobs and chronicle.base is None else None
 
 
-def _phases(chronicle: Chronicle) -> list[Phase]:
-    """Split the run's time by generation and stage; pauses between processes are nobody's."""
-    names = _phase_names(chronicle.events)
-    wall = dict.fromkeys(names, 0.0)
-    stages = {name: dict.fromkeys(STAGES, 0.0) for name in wall}
-    busy = dict.fromkeys(wall, 0.0)
-    before = None
-    for event, name in zip(chronicle.events, names, strict=True):
-        if before is not None and event.kind != "session":
-            wall[name] += max(0.0, event.written_at - before)
-        before = event.written_at
-        if event.kind in ("job", "timing"):
-            for stage in STAGES:
-                stages[name][stage] += event.measured.get(f"{stage}_seconds") or 0.0
-            busy[name] += event.measured.get("total_seconds") or 0.0
-    n_slots = slots(chronicle)
-    for name, seconds in stages.items():
-        if n_slots:
-            seconds["idle"] = max(0.0, wall[name] * n_slots - busy[name])
-    return [Phase(name, wall[name], stages[name]) for name in wall]
-
-
 def slots(chronicle: Chronicle) -> int | None:
     """Return how many candidates may train at once; None where an old journal does not say."""
     found = chronicle.begun.measured.get("n_slots") or chronicle.config.get("workers")
     return None if found is None else int(found)
-
-
-def _phase_names(events: Sequence[Event]) -> list[str]:
-    """Return of each event to which phase it, and the time before it, belongs."""
-    names: list[str] = []
-    following = "unfinished"
-    for event in reversed(events):
-        if event.kind == "generation":
-            following = f"generation {event.payload['generation']}"
-        closing = event.kind in CLOSING_KINDS or event.payload.get("purpose") in CLOSING_PURPOSES
-        names.append("closing" if closing else following)
-    names.reverse()
-    for k, event in enumerate(events):
-        if event.kind == "end" and k:
-            names[k] = names[k - 1]
-    return names
 
 
 def settings(chronicle: Chronicle) -> Iterator[tuple[str, str]]:

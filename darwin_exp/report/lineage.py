@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from darwin_exp.chronicle import Agent
 from darwin_exp.report.charts import GLYPHS, linked
+from darwin_exp.report.effects import at_birth
 from darwin_exp.report.facts import Facts, signed
 from darwin_exp.report.svg import picture, tag
 
@@ -104,10 +105,11 @@ def direction_of(facts: Facts, agent: Agent) -> str:
     """Return whether an agent's edits made it better, worse, or failed, or whether that is open."""
     if not agent.is_ok:
         return "failed"
-    parent = facts.chronicle.agent(agent.parent_ids[0]) if agent.parent_ids else None
-    if parent is None or agent.fitness is None or parent.fitness is None:
+    pair = at_birth(facts.chronicle, agent)
+    child, parent = (None, None) if pair is None else (one.fitness for one in pair)
+    if child is None or parent is None:
         return "open"
-    return "better" if agent.fitness > parent.fitness else "worse"
+    return "better" if child > parent else "worse"
 
 
 def effect_in_words(facts: Facts, agent: Agent) -> str:

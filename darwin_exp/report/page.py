@@ -21,8 +21,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from darwin_exp.chronicle import Agent
-from darwin_exp.report import charts, lineage
+from darwin_exp.chronicle import Agent, environment_of
+from darwin_exp.report import bars, charts, lineage
+from darwin_exp.report.boundaries import name_of
 from darwin_exp.report.effects import Effect, noise_floor
 from darwin_exp.report.facts import (
     STATUS_IN_WORDS,
@@ -31,9 +32,11 @@ from darwin_exp.report.facts import (
     signed,
 )
 from darwin_exp.report.patch import FilePatch, patches, visible
+from darwin_exp.report.people import MOST_ROWS, in_words
 from darwin_exp.wording import duration, number
 
 HERE = Path(__file__).parent
+LARGEST_OPEN_TABLE = 12  # rows; a longer table of reviews is folded
 LARGEST_WHOLE_TREE = 60  # agents; of a larger tree those who matter are shown first
 SECTIONS = (
     ("result", "Result"),
@@ -43,6 +46,7 @@ SECTIONS = (
     ("patch", "Patch"),
     ("edits", "Edits"),
     ("models", "Models"),
+    ("people", "People"),
     ("failures", "Failures"),
     ("time", "Time"),
     ("individuals", "Agents"),
@@ -91,7 +95,7 @@ def render(facts: Facts) -> str:
         script=Markup(script),
         script_hash=Markup(base64.b64encode(digest).decode()),
         facts=facts,
-        sections=[one for one in SECTIONS if one[0] != "models" or facts.asked],
+        sections=[one for one in SECTIONS if _is_there(facts, one[0])],
         columns=COLUMNS,
         charts=_charts(facts),
         signed=signed,
@@ -109,7 +113,13 @@ def render(facts: Facts) -> str:
         **_time(facts),
         **_record(facts),
         **_models(facts),
+        **_people(facts),
     )
+
+
+def _is_there(facts: Facts, section: str) -> bool:
+    """Tell whether a section has anything to say; most always have."""
+    return bool({"models": facts.asked, "people": facts.people}.get(section, True))
 
 
 def _charts(facts: Facts) -> dict[str, Any]:
@@ -121,15 +131,16 @@ def _charts(facts: Facts) -> dict[str, Any]:
         "trade_offs": charts.trade_offs(facts),
         "tree": lineage.tree(facts, None if small else lineage.backbone(facts)),
         "whole_tree": None if small else lineage.tree(facts),
-        "operators": charts.operator_effects(facts, "perplexity"),
-        "operators_mfu": charts.operator_effects(facts, "mfu"),
-        "time": charts.time_by_stage(facts),
+        "operators": bars.operator_effects(facts, "perplexity"),
+        "operators_mfu": bars.operator_effects(facts, "mfu"),
+        "time": bars.time_by_stage(facts),
     }
 
 
 def _result(facts: Facts) -> dict[str, Any]:
     chronicle, summary = facts.chronicle, facts.summary
     base, selected = chronicle.base, chronicle.selected
+    here = chronicle.claimed_in.index
     sides = []
     if base is not None:
         for name, digits, key in (
@@ -145,7 +156,8 @@ def _result(facts: Facts) -> dict[str, Any]:
             ("parameters", 12, "n_parameters"),
         ):
             chosen = selected if chronicle.closing is not None else None
-            values = [one.value(key) if one else None for one in (base, chosen)]
+            compared = (one.seen_in(here) if one else None for one in (base, chosen))
+            values = [one.value(key) if one else None for one in compared]
             sides.append(_side(name, digits, values))
     seen = {agent.status.value for agent in chronicle.agents}
     return {
@@ -159,6 +171,9 @@ def _result(facts: Facts) -> dict[str, Any]:
         "effects": facts.effects,
         "no_effect": Effect(),
         "noise": noise_floor(chronicle),
+        "several_environments": len(chronicle.environments) > 1,
+        "current": name_of(chronicle, chronicle.current),
+        "claimed_in": name_of(chronicle, chronicle.claimed_in),
     }
 
 
@@ -176,6 +191,7 @@ def _generation(event: Any) -> dict[str, Any]:
     best, mean = payload.get("best") or {}, payload.get("mean") or {}
     return {
         "generation": payload["generation"],
+        "environment": environment_of(event),
         "best_id": payload["best_id"],
         "best": best.get("val_perplexity"),
         "mean": mean.get("val_perplexity"),
@@ -190,6 +206,9 @@ def _champion(facts: Facts) -> dict[str, Any]:
     chronicle, selected = facts.chronicle, facts.chronicle.selected
     changed: list[FilePatch] = []
     why = "Nothing was selected: no agent was measured."
+    if chronicle.current.index and not chronicle.compared:
+        where = name_of(chronicle, chronicle.current)
+        why = f"Nothing was selected: no agent was measured in {where} yet."
     if selected is not None and selected.is_base:
         why = "Nothing: the base itself is the fittest."
     elif selected is not None:
@@ -238,7 +257,7 @@ def _is_of(ablation: Mapping[str, Any] | None, selected: Agent | None) -> bool:
 def _time(facts: Facts) -> dict[str, Any]:
     stages = [
         stage
-        for stage in charts.STAGE_NAMES
+        for stage in bars.STAGE_NAMES
         if any(stage in phase.slot_seconds for phase in facts.phases)
     ]
     return {
@@ -315,6 +334,21 @@ def _models(facts: Facts) -> dict[str, Any]:
         f"{spent['tokens_out']:,} out{cost}.",
         "n_unsettled": spent.get("unsettled") or 0,
         "dollars": _dollars,
+    }
+
+
+def _people(facts: Facts) -> dict[str, Any]:
+    """Return what the section on people needs; marks are of its agents."""
+    people = facts.people
+    if people is None:
+        return {"marks": {}}
+    return {
+        "marks": people.marks,
+        "asked_in_words": in_words(people, facts.summary["people"]),
+        "known_requests": {one.request_id for one in people.asked[:MOST_ROWS]},
+        "most_rows": MOST_ROWS,
+        "largest_open_table": LARGEST_OPEN_TABLE,
+        "moment": lambda seconds: _moment(seconds)[: -len(":00")],
     }
 
 

@@ -7,11 +7,11 @@ Never: shows a window or touches matplotlib's global state, so any thread may dr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from darwin_exp.chronicle import Agent
+from darwin_exp.chronicle import Agent, environment_of
 from darwin_exp.plots import (
     BLUE,
     FAILURES,
@@ -24,6 +24,7 @@ from darwin_exp.plots import (
     sheet,
 )
 from darwin_exp.protocols import Event
+from darwin_exp.report.boundaries import name_of
 from darwin_exp.report.charts import pareto_front
 from darwin_exp.report.effects import MFU, PERPLEXITY, Mean
 from darwin_exp.report.facts import Facts
@@ -38,13 +39,33 @@ if TYPE_CHECKING:
 def draw(facts: Facts, folder: Path) -> list[Path]:
     """Draw all pictures into a folder, which is made if it is missing, and return their files."""
 
-    def of_kind(kind: str) -> list[dict[str, object]]:
-        return [_merged(event) for event in facts.chronicle.of_kind(kind)]
-
-    repeats = [_merged(event) for event in facts.chronicle.base_repeats]
-    drawn = generation_plots(folder, of_kind("individual"), of_kind("generation"), repeats)
+    chronicle = facts.chronicle
+    repeats = [_merged(event) for event in chronicle.base_repeats]
+    kept = [
+        _merged(event) for event in chronicle.of_kind("generation") if _is_current(facts, event)
+    ]
+    drawn = generation_plots(folder, list(_individuals(facts)), kept, repeats)
     others = (_pareto, _best_so_far, _lineage, _edits)
     return drawn + [one(facts, folder) for one in others]
+
+
+def _individuals(facts: Facts) -> Iterator[dict[str, object]]:
+    """Yield those who were measured in the last environment, as they were measured there."""
+    again = {
+        event.payload["individual_id"]: event
+        for event in facts.chronicle.of_kind("remeasured")
+        if _is_current(facts, event)
+    }
+    for event in facts.chronicle.of_kind("individual"):
+        found = again.get(event.payload["individual_id"])
+        if found is not None:
+            yield {**_merged(event), **_merged(found)}
+        elif _is_current(facts, event):
+            yield _merged(event)
+
+
+def _is_current(facts: Facts, event: Event) -> bool:
+    return environment_of(event) == facts.chronicle.current.index
 
 
 def _merged(event: Event) -> dict[str, object]:
@@ -59,7 +80,7 @@ def _pareto(facts: Facts, folder: Path) -> Path:
     )
     known = [
         agent
-        for agent in facts.chronicle.agents
+        for agent in facts.chronicle.compared
         if agent.value(PERPLEXITY) is not None and agent.value(MFU) is not None
     ]
     front = pareto_front(known)
@@ -98,13 +119,26 @@ def _best_so_far(facts: Facts, folder: Path) -> Path:
         xs, ys = [k for k, _, _ in found.each], [value for _, _, value in found.each]
         axes.scatter(xs, ys, s=16, color=BLUE, alpha=0.5, label="agent")
     if found.curve:
-        axes.plot(
-            *zip(*found.curve, strict=True),
-            color=VERMILION,
-            linewidth=2.2,
-            drawstyle="steps-post",
-            label="best so far",
-        )
+        for curve in filter(None, found.curves):
+            axes.plot(
+                *zip(*curve, strict=True),
+                color=VERMILION,
+                linewidth=2.2,
+                drawstyle="steps-post",
+                label="best so far" if curve is found.curves[-1] else None,
+            )
+        opened = zip(found.opened_at, facts.chronicle.environments[1:], strict=True)
+        for k, (place, environment) in enumerate(opened):
+            axes.axvline(place, color=GREY, linewidth=1.2, linestyle=":")
+            axes.text(
+                place,
+                0.97 - 0.05 * k,
+                f" {name_of(facts.chronicle, environment)}",
+                transform=axes.get_xaxis_transform(),
+                ha="left" if place < 0.7 * len(facts.chronicle.rewrites) else "right",
+                fontsize=10,
+                color=GREY,
+            )
         held = [value for _, value in found.curve]
         axes.set_ylim(*robust_limits([value for _, _, value in found.each], held))
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=10.5)

@@ -8,6 +8,7 @@ the margin, and its agent is left out.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from darwin_exp.chronicle import Agent
@@ -20,16 +21,23 @@ class Progress:
 
     Attributes:
         name: what is shown.
-        curve: (rewrites finished, best so far), the base at 0.
+        curves: of each environment (rewrites finished, best so far), the base at 0.
+        opened_at: of each environment but the first, the rewrites finished before it.
         each: (its number from 1, the rewrite, what it came to).
         n_left_out: measured rewrites that have no place on this scale.
     """
 
     name: str
     lower_is_better: bool
-    curve: tuple[tuple[int, float], ...]
+    curves: tuple[tuple[tuple[int, float], ...], ...]
+    opened_at: tuple[int, ...]
     each: tuple[tuple[int, Agent, float], ...]
     n_left_out: int
+
+    @property
+    def curve(self) -> tuple[tuple[int, float], ...]:
+        """The points of all environments, in order."""
+        return tuple(point for curve in self.curves for point in curve)
 
     @property
     def label(self) -> str:
@@ -56,14 +64,21 @@ def progress(facts: Facts) -> Progress:
             return None
         return math.exp(-fitness) if facts.fitness_name == "perplexity" else fitness
 
-    best = ((k, shown(fitness)) for k, fitness in enumerate(facts.chronicle.best_so_far()))
-    measured = [(k, a) for k, a in enumerate(facts.chronicle.rewrites, 1) if a.fitness is not None]
-    values = ((k, agent, shown(agent.fitness)) for k, agent in measured)
+    found = facts.chronicle.best_by_environment()
+    best = (((k, shown(fitness)) for k, fitness in enumerate(one, began)) for began, one in found)
+    made = ((k, one, one.measurements[one.made_in].fitness) for k, one in _numbered(facts))
+    measured = [(k, agent, fitness) for k, agent, fitness in made if fitness is not None]
+    values = ((k, agent, shown(fitness)) for k, agent, fitness in measured)
     each = tuple((k, agent, value) for k, agent, value in values if value is not None)
     return Progress(
         name,
         lower_is_better,
-        tuple((k, value) for k, value in best if value is not None),
+        tuple(tuple((k, value) for k, value in one if value is not None) for one in best),
+        tuple(began for began, _ in found[1:]),
         each,
         len(measured) - len(each),
     )
+
+
+def _numbered(facts: Facts) -> Iterable[tuple[int, Agent]]:
+    return enumerate(facts.chronicle.rewrites, 1)

@@ -11,8 +11,11 @@ A `Sandbox` belongs to one slot. `process.py` forks candidates from a warm inter
 
 `docker.py` has a container engine do all that. From the harness inwards:
 
-- `container.py` is one started program; `stream.py` is what it prints and answers.
-- `engine.py` speaks with the engine, and `archive.py` reads the files that it hands out.
+- `trial.py` finds out beforehand whether the engine can hold a candidate as it shall.
+- `container.py` is one started program; `stream.py` is what it prints and answers; `taking.py` is
+  what it leaves, and `ending.py` how it ended.
+- `engine.py` speaks with the engine, through `engine_calls.py`; `archive.py` reads the files that
+  it hands out.
 - `profile.py` is what holds a candidate; `cgroup.py` is what the kernel tells of it.
 - `keeper.py` is the first program inside, which ends when the harness does.
 - `reaping.py` removes what harnesses left that were killed before they could.

@@ -13,33 +13,30 @@ candidate's own.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import select
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from darwin_exp.protocols import Exit, InfrastructureFailure, Zone
-from darwin_exp.sandbox import keeper
 from darwin_exp.sandbox.cgroup import Books, find_books
-from darwin_exp.sandbox.engine import STOP_SECONDS, Engine, EngineFailure, NotThere, State
+from darwin_exp.sandbox.ending import SETTLE_SECONDS, Witnesses
+from darwin_exp.sandbox.engine import Engine
+from darwin_exp.sandbox.engine_calls import EngineFailure
 from darwin_exp.sandbox.launcher import OUT_OF_MEMORY_CODE
 from darwin_exp.sandbox.processes import Usage
-from darwin_exp.sandbox.profile import OUT, Plan
+from darwin_exp.sandbox.profile import Plan
 from darwin_exp.sandbox.removal import Removals
 from darwin_exp.sandbox.stream import Stream
-from darwin_exp.sandbox.supervision import SIGNALLED_CODES
-from darwin_exp.sandbox.workfolder import WorkFolder, plain_name
+from darwin_exp.sandbox.taking import take
+from darwin_exp.sandbox.workfolder import WorkFolder
 
 SAMPLE_SECONDS = 0.5
 PAUSE_TRIES = 2
 QUIET_SECONDS = 0.02  # of silence, after which all that was printed has arrived
 DRAIN_SECONDS = 0.5
-SETTLE_SECONDS = 5.0  # how long the engine may take to notice that a container has ended
-NEWS_SECONDS = 1.0  # and to hear from the kernel why
 REMOVE_SECONDS = 10.0
 UNREADY_CHARACTERS = 2000  # of what a launcher printed that ended too early
 
@@ -194,27 +191,10 @@ class Container:
         with self._talking:
             if self._exit is not None:
                 raise InfrastructureFailure("the container is closed and its files are gone")
-            refused: dict[str, str] = {}
             try:
-                destination.mkdir(parents=True, exist_ok=True)
-                names = list(names)
-                taken = self._take_together(names, destination, max_bytes)
-                left = max_bytes - sum(taken.values())
-                for name in names:
-                    if name in taken:
-                        continue
-                    try:
-                        path, target = f"{OUT}/{plain_name(name)}", destination / name
-                        left -= self._engine.copy_file(self.name, path, target, left)
-                    except NotThere as missing:
-                        if self._engine.state(self.name) is None:
-                            raise InfrastructureFailure("the container vanished") from missing
-                        refused[name] = os.strerror(errno.ENOENT)
-                    except ValueError as reason:
-                        refused[name] = str(reason)
+                return take(self._engine, self.name, names, destination, max_bytes)
             except OSError as error:
                 raise InfrastructureFailure(f"what was left cannot be kept: {error}") from error
-            return refused
 
     def log(self) -> tuple[str, bool]:
         """Return the end of what was printed, and whether more was cut off."""
@@ -280,21 +260,6 @@ class Container:
             if not poll.poll(0):
                 return
         raise InterruptedError("the sandbox was closed")
-
-    # --- taking files
-
-    def _take_together(self, names: list[str], destination: Path, max_bytes: int) -> dict[str, int]:
-        """Copy at one go what can be taken so, and return the sizes; what cannot is left out."""
-        wanted = set()
-        for name in names:
-            with contextlib.suppress(ValueError):
-                wanted.add(plain_name(name))
-        if len(wanted) > 1:
-            with contextlib.suppress(NotThere):
-                return self._engine.copy_folder(
-                    self.name, OUT, frozenset(wanted), destination, max_bytes
-                )
-        return {}
 
     # --- the stream
 
@@ -381,70 +346,19 @@ class Container:
             time.sleep(QUIET_SECONDS)
 
     def _ending(self) -> Exit:
-        """Say how the container ended, in this order: by us, by its memory limit, by itself."""
+        """Say how the container ended, as far as somebody knows."""
         self._sample()
         cpu_seconds, run_delay_seconds = self._usage.totals()
-        code, books = self._stream.status, self._books
-        killed = books is not None and books.oom_kills() > 0
-        starved = killed and books is not None and books.reached_limit()
-        # The engine calls it the container's own want of memory whosever it was, with version 2 of
-        # control groups. Where their books are closed by now, as of a MODEL program that has ended,
-        # there is nothing better to believe.
-        certain = books is not None and books.tells_why
-        with contextlib.suppress(EngineFailure, ValueError, KeyError):
-            state = self._engine.state(self.name, STOP_SECONDS)
-            if state is not None and not starved and not certain:
-                # An older engine notes it at the container's end alone; its keeper is still there.
-                starved = state.oom_killed or (books is None and "oom" in self._happenings())
-            if code is None and self._stream.over and not self._killed:
-                code, told = self._own_end()
-                starved = starved or (told and not certain)
-            if code == -signal.SIGKILL and not starved:
-                if not certain and (killed or books is None or not books.open):
-                    starved = self._was_starved()
-                if killed and not starved:
-                    code = None  # the kernel chose it for what others held
+        witnesses = Witnesses(
+            self._engine, self.name, self._id, self._began, self._stream, self._books, self._killed
+        )
+        code, starved = witnesses.verdict()
         return Exit(
             code=code,
             out_of_memory=starved or code == OUT_OF_MEMORY_CODE,
             cpu_seconds=cpu_seconds,
             run_delay_seconds=run_delay_seconds,
         )
-
-    def _own_end(self) -> tuple[int | None, bool]:
-        """Return the exit status of a container that ended by itself, and whether for memory.
-
-        The status is None where it is gone or still there (then it was the stream that broke),
-        where somebody had the engine kill it, or where the engine was restarted and knows no more:
-        none of that is the candidate's doing. A keeper that its candidate made fail, on the other
-        hand, leaves no trace but the end of the container.
-        """
-        deadline = time.monotonic() + SETTLE_SECONDS
-        state: State | None = self._engine.state(self.name)
-        while state and state.running and not state.paused and time.monotonic() < deadline:
-            time.sleep(QUIET_SECONDS)
-            state = self._engine.state(self.name)
-        if state is None or state.running or state.exit_code == keeper.FORSAKEN_CODE:
-            return None, False
-        happened = self._happenings()
-        if "die" not in happened or "kill" in happened:
-            return None, False
-        code = state.exit_code
-        return 128 - code if code in SIGNALLED_CODES else code, "oom" in happened
-
-    def _happenings(self) -> frozenset[str]:
-        return self._engine.happenings(self._id, self._began)
-
-    def _was_starved(self) -> bool:
-        """Wait a moment for the news that the kernel killed the container for its memory."""
-        deadline = time.monotonic() + NEWS_SECONDS
-        while True:
-            state = self._engine.state(self.name)
-            if state is None or state.oom_killed:
-                return state is not None
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(QUIET_SECONDS)
 
     def _sample(self) -> None:
         self._sampled_at = time.monotonic()

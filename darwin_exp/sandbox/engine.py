@@ -1,4 +1,4 @@
-"""The container engine as a sandbox needs it; in this package, the one module that knows docker-py.
+"""The container engine as a sandbox needs it; with engine_calls.py, all that knows docker-py here.
 
 Reads: DOCKER_HOST; what the engine answers.
 Writes: containers and volumes, and the files that are copied out of them.
@@ -13,50 +13,29 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote, urlencode
 
 from docker.api import APIClient
 from docker.errors import DockerException
 
-from darwin_exp.protocols import InfrastructureFailure, SandboxUnavailable
 from darwin_exp.sandbox import archive
+from darwin_exp.sandbox.engine_calls import (
+    CALL_SECONDS,
+    Calls,
+    EngineFailure,
+    EngineUnavailable,
+    NotThere,
+    knock,
+)
 
 DEFAULT_HOST = "unix:///var/run/docker.sock"
-CALL_SECONDS = 20.0  # of silence, after which a call has failed
 STOP_SECONDS = 5.0  # the same, where something is to be stopped, or was
-KNOCK_SECONDS = 5.0
-TRIES = 3  # of calls that may be repeated, where they fail at once
-RETRY_SECONDS = 0.2
-FAILED_AT_ONCE_SECONDS = 2.0
 PURGE_PAUSE_SECONDS = 0.05
 PURGE_CALL_SECONDS = 1.0  # that each call of it has at least
-MAX_HEAD_BYTES = 1 << 14
-
-T = TypeVar("T")
-
-
-class EngineUnavailable(SandboxUnavailable):
-    """No engine can be used here; the message names the cure."""
-
-
-class EngineFailure(InfrastructureFailure):
-    """The engine did not do what it was asked to.
-
-    Attributes:
-        status: of its HTTP answer; None where none came.
-    """
-
-    def __init__(self, message: str, status: int | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class NotThere(EngineFailure):
-    """The engine knows no such image, container, volume or file."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +78,7 @@ def connect() -> Engine:
             f"is reached through a socket file such as {DEFAULT_HOST}"
         )
     path = host.removeprefix("unix://")
-    _knock(path)
+    knock(path)
     try:
         client = APIClient(base_url=host, version="auto", timeout=CALL_SECONDS)
     except (DockerException, OSError) as error:
@@ -115,7 +94,7 @@ class Engine:
 
     def __init__(self, client: Any, path: str) -> None:
         self._client = client
-        self._path = path
+        self._calls = Calls(client, path)
 
     def close(self) -> None:
         """Close idle connections; what is called afterwards opens new ones. Idempotent."""
@@ -123,7 +102,7 @@ class Engine:
 
     def info(self) -> Mapping[str, Any]:
         """Return what the engine says of itself and of its machine."""
-        answer: Mapping[str, Any] = self._ask("describe itself", self._client.info)
+        answer: Mapping[str, Any] = self._calls.ask("describe itself", self._client.info)
         return answer
 
     def image(self, image: str) -> Mapping[str, Any]:
@@ -132,7 +111,7 @@ class Engine:
         Raises:
             NotThere: the engine does not have it; it is not looked for elsewhere.
         """
-        answer: Mapping[str, Any] = self._ask(
+        answer: Mapping[str, Any] = self._calls.ask(
             f"look up the image {image}", lambda: self._client.inspect_image(image)
         )
         return answer
@@ -145,7 +124,7 @@ class Engine:
         Args:
             config: in the words of the engine's HTTP interface; see profile.py.
         """
-        return self._once(
+        return self._calls.once(
             "create a container",
             lambda: str(self._client.create_container_from_config(dict(config), name)["Id"]),
         )
@@ -153,53 +132,34 @@ class Engine:
     def attach(self, name: str) -> socket.socket:
         """Return a stream to and from a container: what is sent is its standard input.
 
-        What comes are frames of output. Attached before the start, it misses nothing. docker-py
-        would wait for it without a limit, and keep the socket for itself.
+        What comes are frames of output. Attached before the start, it misses nothing.
 
         Source: the engine's API reference, "Attach to a container".
         """
         query = urlencode({"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
-        path = f"/v{self._client.api_version}/containers/{quote(name)}/attach?{query}"
-        request = (
-            f"POST {path} HTTP/1.1\r\n"
-            "Host: localhost\r\nConnection: Upgrade\r\nUpgrade: tcp\r\nContent-Length: 0\r\n\r\n"
-        )
-        stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            stream.settimeout(CALL_SECONDS)
-            stream.connect(self._path)
-            stream.sendall(request.encode())
-            first, _, _ = _read_head(stream).partition("\r\n")
-            if first.split()[1:2] != ["101"]:
-                raise EngineFailure(f"the container engine did not attach a stream: {first}")
-            stream.setblocking(False)
-        except OSError as error:
-            stream.close()
-            raise EngineFailure(f"the container engine did not attach a stream: {error}") from error
-        except BaseException:
-            stream.close()
-            raise
-        return stream
+        return self._calls.stream("attach a stream", f"/containers/{quote(name)}/attach?{query}")
 
     def start(self, name: str) -> None:
         """Start what was created; where that fails, the container is still there."""
-        self._once("start a container", lambda: self._client.start(name))
+        self._calls.once("start a container", lambda: self._client.start(name))
 
     def pause(self, name: str) -> None:
         """Stop every process of a container at one stroke, for good."""
-        self._do("freeze a container", "POST", f"/containers/{quote(name)}/pause", STOP_SECONDS)
+        place = f"/containers/{quote(name)}/pause"
+        self._calls.do("freeze a container", "POST", place, STOP_SECONDS)
 
     def kill(self, name: str) -> None:
         """Kill every process of a container."""
-        self._do("kill a container", "POST", f"/containers/{quote(name)}/kill", STOP_SECONDS)
+        place = f"/containers/{quote(name)}/kill"
+        self._calls.do("kill a container", "POST", place, STOP_SECONDS)
 
     def state(self, name: str, seconds: float = CALL_SECONDS) -> State | None:
         """Return what a container is doing, or None if there is none."""
         path = f"/containers/{quote(name)}/json"
         try:
-            found = self._ask(
+            found = self._calls.ask(
                 "look at a container",
-                lambda: self._request("GET", path, seconds=seconds).json()["State"],
+                lambda: self._calls.request("GET", path, seconds=seconds).json()["State"],
             )
         except NotThere:
             return None
@@ -227,10 +187,10 @@ class Engine:
         }
 
         def happened() -> frozenset[str]:
-            lines = self._request("GET", "/events", parameters).content.splitlines()
+            lines = self._calls.request("GET", "/events", parameters).content.splitlines()
             return frozenset(str(json.loads(line)["Action"]) for line in lines if line.strip())
 
-        return self._ask("say what happened", happened)
+        return self._calls.ask("say what happened", happened)
 
     def copy_file(self, name: str, path: str, target: Path, max_bytes: int) -> int:
         """Copy a plain file out of a container, frozen or ended, and return its size.
@@ -286,13 +246,13 @@ class Engine:
         What is not read when the context ends is not sent either.
         """
         place = f"/containers/{quote(name)}/archive"
-        response = self._ask(
+        response = self._calls.ask(
             "hand out a file",
-            lambda: self._request("GET", place, {"path": path}, stream=True),
+            lambda: self._calls.request("GET", place, {"path": path}, stream=True),
         )
         with contextlib.closing(response):
             told = response.headers.get("X-Docker-Container-Path-Stat", "")
-            yield str(told), self._content(response)
+            yield str(told), self._calls.content(response)
 
     # --- volumes
 
@@ -300,7 +260,7 @@ class Engine:
         self, name: str, options: Mapping[str, str], labels: Mapping[str, str]
     ) -> None:
         """Make a volume of the engine's local driver; see profile.py for its options."""
-        self._once(
+        self._calls.once(
             "create a volume",
             lambda: self._client.create_volume(
                 name, driver="local", driver_opts=dict(options), labels=dict(labels)
@@ -316,10 +276,10 @@ class Engine:
             label: its name, or NAME=VALUE.
         """
         filters = {"label": [label]}
-        containers = self._ask(
+        containers = self._calls.ask(
             "list containers", lambda: self._client.containers(all=True, filters=filters)
         )
-        volumes = self._ask(
+        volumes = self._calls.ask(
             "list volumes", lambda: self._client.volumes(filters=filters).get("Volumes") or []
         )
         found = [
@@ -341,6 +301,7 @@ class Engine:
         Raises:
             EngineFailure: one of them is still there after so long, or nobody can tell.
         """
+        do = self._calls.do
         deadline = time.monotonic() + seconds
         container, volume = f"/containers/{quote(name)}", f"/volumes/{quote(name)}"
         for place, view, manner in (
@@ -353,9 +314,9 @@ class Engine:
                 try:
                     with contextlib.suppress(NotThere):
                         left = max(PURGE_CALL_SECONDS, deadline - time.monotonic())
-                        self._do("remove what a candidate left", "DELETE", place, left, manner)
+                        do("remove what a candidate left", "DELETE", place, left, manner)
                     left = max(PURGE_CALL_SECONDS, deadline - time.monotonic())
-                    self._do("look for what a candidate left", "GET", view, left)
+                    do("look for what a candidate left", "GET", view, left)
                 except NotThere:
                     break
                 except EngineFailure as refusal:
@@ -363,101 +324,3 @@ class Engine:
                 if time.monotonic() > deadline:
                     raise failure
                 time.sleep(PURGE_PAUSE_SECONDS)
-
-    # --- calls
-
-    def _once(self, what: str, call: Callable[[], T]) -> T:
-        try:
-            return call()
-        except (DockerException, OSError) as error:
-            raise _failure(what, error) from error
-
-    def _ask(self, what: str, call: Callable[[], T]) -> T:
-        """Make a call that changes nothing, again where the engine stumbled over it."""
-        for left in reversed(range(TRIES)):
-            began = time.monotonic()
-            try:
-                return self._once(what, call)
-            except EngineFailure as failure:
-                may_pass = failure.status is None or failure.status >= 500
-                at_once = time.monotonic() - began < FAILED_AT_ONCE_SECONDS
-                if not (left and may_pass and at_once):
-                    raise
-            time.sleep(RETRY_SECONDS)
-        raise AssertionError("the last try returned or raised")
-
-    def _do(
-        self,
-        what: str,
-        method: str,
-        path: str,
-        seconds: float,
-        parameters: Mapping[str, str] | None = None,
-    ) -> None:
-        self._once(what, lambda: self._request(method, path, parameters, seconds))
-
-    def _request(
-        self,
-        method: str,
-        path: str,
-        parameters: Mapping[str, str] | None = None,
-        seconds: float = CALL_SECONDS,
-        stream: bool = False,
-    ) -> Any:
-        """Speak to the engine where docker-py's own method would wait for longer."""
-        response = self._client.request(
-            method,
-            f"{self._client.base_url}/v{self._client.api_version}{path}",
-            params=parameters,
-            headers={"Accept-Encoding": "identity"},
-            stream=stream,
-            timeout=seconds,
-        )
-        response.raise_for_status()
-        return response
-
-    def _content(self, response: Any) -> Iterator[bytes]:
-        try:
-            yield from response.iter_content(archive.CHUNK_BYTES)
-        except OSError as error:  # all that the HTTP library raises is one
-            raise _failure("hand out a file", error) from error
-
-
-def _failure(what: str, error: Exception) -> EngineFailure:
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
-    said = getattr(error, "explanation", None)
-    if response is not None and not said:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RuntimeError):
-            said = response.json()["message"]
-    message = f"the container engine could not {what}: {' '.join(str(said or error).split())}"
-    return (NotThere if status == 404 else EngineFailure)(message, status)
-
-
-def _knock(path: str) -> None:
-    """Find out why an engine cannot be reached, in words for those who can mend it."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as door:
-        door.settimeout(KNOCK_SECONDS)
-        try:
-            door.connect(path)
-        except PermissionError as error:
-            raise EngineUnavailable(
-                f"no permission on the container engine's socket {path}; join its group (as root: "
-                "usermod -aG docker USER), then log in again"
-            ) from error
-        except OSError as error:
-            raise EngineUnavailable(
-                f"no container engine answers at {path} ({error.strerror or error}); install one "
-                "(apt-get install docker.io) and start it, or set DOCKER_HOST"
-            ) from error
-
-
-def _read_head(stream: socket.socket) -> str:
-    """Read the head of an HTTP answer and not a byte more: what follows is the container's."""
-    head = bytearray()
-    while not head.endswith(b"\r\n\r\n"):
-        byte = stream.recv(1)
-        if not byte or len(head) > MAX_HEAD_BYTES:
-            raise OSError("the engine closed the connection, or did not come to an end")
-        head += byte
-    return head.decode("latin-1")

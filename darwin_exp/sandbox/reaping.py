@@ -19,7 +19,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from darwin_exp.sandbox.engine import Engine, EngineFailure
+from darwin_exp.sandbox.engine import Engine
+from darwin_exp.sandbox.engine_calls import EngineFailure
 from darwin_exp.sandbox.workfolder import remove_tree
 
 OWNER_LABEL, SANDBOX_LABEL, DEADLINE_LABEL = "darwin.owner", "darwin.sandbox", "darwin.deadline"

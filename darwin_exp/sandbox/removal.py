@@ -15,7 +15,8 @@ from __future__ import annotations
 import threading
 import time
 
-from darwin_exp.sandbox.engine import STOP_SECONDS, Engine, EngineFailure
+from darwin_exp.sandbox.engine import STOP_SECONDS, Engine
+from darwin_exp.sandbox.engine_calls import EngineFailure
 
 NOTHING_TO_KILL = (404, 409)  # there is no such container, or it does not run
 

@@ -9,6 +9,7 @@ Sizes in the comments are model.py's: B sequences, T tokens, C channels, H heads
 from __future__ import annotations
 
 import ast
+import json
 
 from darwin_exp.stub_llm.answers import Answer, Kind, changes
 from darwin_exp.stub_llm.model_source import (
@@ -311,8 +312,10 @@ def parallel_block(code: Code) -> dict[str, str]:
     requests=[
         {
             "type": "dataset",
-            "reason": "The table of pairs would gain from more text of the same sort.",
-            "content": "twice as many training tokens",
+            "reason": "The table of pairs would gain from more text, of whatever sort.",
+            "content": json.dumps(
+                {"source": "stdlib", "path": "stdlib", "licence": "PSF-2.0", "most_mb": 64}
+            ),
         }
     ],
 )

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from darwin_exp.stub_llm.answers import Answer, Kind, changes
 from darwin_exp.stub_llm.source import Code, DoesNotFit, Files, settings_in, with_settings
+
+SCHEDULES = '''\
+"""Learning-rate schedules; progress runs from 0 to 1."""
+
+import math
+
+
+def cosine(progress: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def linear(progress: float) -> float:
+    return 1.0 - progress
+'''
 
 
 def _scaled(files: Files, name: str, factor: float, least: float, most: float) -> dict[str, str]:
@@ -148,8 +163,8 @@ def smaller_batch(code: Code) -> dict[str, str]:
     requests=[
         {
             "type": "resources",
-            "reason": "A larger batch only pays where another thread is free.",
-            "content": "one more thread for each run",
+            "reason": "A larger batch only pays where its activations fit into memory.",
+            "content": '{"key": "memory_mb", "value": 6144}',
         }
     ],
 )
@@ -164,6 +179,13 @@ def larger_batch(code: Code) -> dict[str, str]:
     "The clip decides how long the early steps are. I would like to see whether it holds them "
     "back or whether it has to be tighter for this rate.",
     "either longer early steps or fewer spikes",
+    requests=[
+        {
+            "type": "script",
+            "reason": "Schedules would have a file of their own, where each rewrite finds them.",
+            "content": json.dumps({"path": "schedules.py", "text": SCHEDULES}),
+        }
+    ],
 )
 def other_clip(code: Code) -> dict[str, str]:
     return _other(code, "gradient_clip", (0.5, 1.0, 2.0, 5.0))

@@ -1,7 +1,8 @@
 """What each event of the journal becomes in MLflow.
 
 Reads: events, and the files that a run left in its folder.
-Writes: runs, metrics, parameters, tags and files of a store; `plots/` in the run's folder.
+Writes: runs, metrics, parameters, tags and files of a store; `plots/` and, where people took
+part, `people.json` in the run's folder.
 Never: decides whether or when an event is delivered; that is the outbox's part.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 from darwin_exp.plots import generation_plots
 from darwin_exp.protocols import Event
+from darwin_exp.tracking.people import People, in_last_environment, tags_of
 from darwin_exp.tracking.store import EvolutionRuns, finite
 from darwin_exp.tracking.traces import ANSWERED, traces_of
 
@@ -54,6 +56,7 @@ class Projection:
         self._run_id = run_folder.name
         self._parent_tags = parent_tags
         self._plotted_at = time.monotonic()
+        self._people = People(runs, run_folder)
         self._kinds: dict[str, Callable[[Event, Sequence[Event]], None]] = {
             "run": self._on_run,
             "session": self._on_session,
@@ -64,6 +67,7 @@ class Projection:
             "equal_steps": self._on_claim,
             "retimed": self._on_retimed,
             "end": self._on_end,
+            **self._people.kinds,
         }
 
     def deliver(self, event: Event, history: Sequence[Event], stop: Callable[[], bool]) -> None:
@@ -146,6 +150,7 @@ class Projection:
             "repaired": payload.get("repaired"),
             "contended": measured.get("contended"),
             "model_endpoint": model.get("base_url"),
+            **tags_of(event, history),
         }
         new_edits = edits[len(edits) - n_new :]
         params = {
@@ -189,6 +194,7 @@ class Projection:
             timestamp=_milliseconds(event),
             step=step,
         )
+        self._people.sum_up(event, history, step)
         if time.monotonic() - self._plotted_at > SECONDS_BETWEEN_PLOTS:
             self._plot(history)
 
@@ -197,12 +203,15 @@ class Projection:
         if purpose in (None, "search"):
             return
         name, n_steps = str(purpose), event.payload.get("max_steps")
+        environment = event.payload.get("environment", 0)
+        if environment:  # in a curve of its own: it is not to be compared with those before
+            name += f"_environment_{environment}"
         if purpose != "base_repeat":
             name += f"_{event.payload.get('individual_id')}"
             name += "" if n_steps is None else f"_{n_steps}_steps"
 
         def same_series(other: Event) -> bool:
-            keys = ("purpose", "individual_id", "max_steps")
+            keys = ("purpose", "individual_id", "max_steps", "environment")
             return (
                 other.kind == "job"
                 and bool(other.payload.get("metrics"))
@@ -260,20 +269,17 @@ class Projection:
         tags = {"darwin.status": status, "darwin.exit_code": event.payload.get("exit_code")}
         metrics = {"total_seconds": event.measured.get("seconds"), **self._headline()}
         self._runs.log(parent, metrics=metrics, tags=tags, timestamp=end)
+        closed = [int(e.payload["generation"]) for e in history if e.kind == "generation"]
         if spent := _spent(event, history):
-            closed = [int(e.payload["generation"]) for e in history if e.kind == "generation"]
             self._runs.log(parent, metrics=spent, timestamp=end, step=max(closed, default=0))
+        self._people.sum_up(event, history, max(closed, default=0))
         self._plot(history)
         self._runs.upload(parent, self._run_folder, CLOSING_ARTIFACTS)
         self._runs.end(parent, END_STATUS.get(status, "FAILED"), end)
 
     def _plot(self, history: Sequence[Event]) -> None:
-        def of_kind(kind: str) -> list[dict[str, Any]]:
-            return [{**e.measured, **e.payload} for e in history if e.kind == kind]
-
-        repeats = [job for job in of_kind("job") if job.get("purpose") == "base_repeat"]
         folder = self._run_folder / "plots"
-        generation_plots(folder, of_kind("individual"), of_kind("generation"), repeats)
+        generation_plots(folder, *in_last_environment(history))
         self._runs.upload(self._runs.parent(), self._run_folder, ("plots",))
         self._plotted_at = time.monotonic()
 

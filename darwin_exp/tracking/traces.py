@@ -146,9 +146,10 @@ def _purpose(query: str) -> str:
 
 
 def _of_answer(event: Event) -> dict[str, Any]:
+    usd = event.payload.get("usd")
     return {
         "finish": event.payload.get("finish"),
-        "usd": event.payload.get("usd"),
+        "usd": None if usd is None else f"{usd:.8g}",
         "tries": event.measured.get("tries"),
     }
 
@@ -321,10 +322,20 @@ def _span(trace: Trace) -> Any:
                 "message": storable(trace.problem),
             },
             "attributes": spelled,
-            "events": [],
+            "events": _events(trace),
             "links": [],
         }
     )
+
+
+def _events(trace: Trace) -> list[dict[str, Any]]:
+    """Return what went wrong as an exception: MLflow's pages show no other reason of an error."""
+    if not trace.problem:
+        return []
+    kind, _, message = trace.problem.partition(": ")
+    told = {"exception.type": storable(kind), "exception.message": storable(message)}
+    ended = int(1e9 * trace.ended)
+    return [{"name": "exception", "time_unix_nano": ended, "attributes": told}]
 
 
 def storable(text: str) -> str:

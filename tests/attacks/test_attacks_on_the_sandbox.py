@@ -502,7 +502,7 @@ def test_a20_a_container_that_was_created_and_cannot_start_is_removed(
     box: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Else the missing GPU would be noticed before anything of a candidate is created.
-    monkeypatch.setattr("darwin_exp.sandbox.docker._examine", lambda *_: None)
+    monkeypatch.setattr("darwin_exp.sandbox.docker.examine", lambda *_: None)
     assert box.engine is not None
     since = time.time()
     sandbox = build("docker", box.image, gpus=("GPU-that-is-not-there",))

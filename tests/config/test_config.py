@@ -231,6 +231,36 @@ def test_only_operational_keys_may_differ_on_resume(tmp_path: Path) -> None:
             configs.refuse_changed_score(same, other)
 
 
+MODELS = "mutator.models=[{name:small,weight:3},{name:own/coder,base_url:'http://127.0.0.1:8/v1'}]"
+
+
+def test_what_hydra_understood_when_a_run_began_is_understood_when_it_is_resumed(
+    tmp_path: Path,
+) -> None:
+    """A sweep types all of a job's overrides again; YAML would read these otherwise."""
+    typed = [MODELS, "mutator.guidance='a, b: c'", "llm.prices={small:[0.1,2]}", "llm.max_usd=null"]
+    config = _compose("mutator=openai", *typed)
+    path = tmp_path / "config.yaml"
+    path.write_text(configs.as_yaml(config))
+    again = configs.from_yaml(path, typed, {})
+    assert list(configs.leaves(again)) == list(configs.leaves(config))
+    assert isinstance(again.mutator, schema.OpenaiConfig)
+    assert [model.name for model in again.mutator.models] == ["small", "own/coder"]
+    configs.refuse_changed_score(config, again)
+    other = configs.from_yaml(path, [MODELS.replace("3", "2")], {})
+    with pytest.raises(ConfigError, match=r"mutator\.models: the run was started with"):
+        configs.refuse_changed_score(config, other)
+
+
+def test_an_override_that_nobody_can_read_is_refused_with_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(configs.as_yaml(_compose()))
+    with pytest.raises(ConfigError) as refusal:
+        configs.from_yaml(path, ["seed=[1"], {})
+    assert "seed=[1" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
 def test_a_mistyped_override_is_refused_on_resume_too(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(configs.as_yaml(_compose()))

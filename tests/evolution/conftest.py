@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
+from darwin_exp.effects import Effects, Means
 from darwin_exp.evolution import Parts, Plan, evolve
 from darwin_exp.fitness import Fitness, PerplexityFitness
+from darwin_exp.hitl.inbox import FILE_NAME, Inbox
+from darwin_exp.hitl.policy import Policy
 from darwin_exp.individual import (
     DataSpec,
     Edit,
@@ -31,9 +34,12 @@ from darwin_exp.individual import (
 )
 from darwin_exp.journal import Journal
 from darwin_exp.memory import JsonMemory
+from darwin_exp.people import People
 from darwin_exp.protocols import EditFailed, EditRequest, InfrastructureFailure, Memory
+from darwin_exp.reviews import Reviews
 from darwin_exp.selection import Truncation
 from darwin_exp.trials import Bench, Trials
+from darwin_exp.turns import Turns
 
 BASE = Genome.of({"train.py": "rate = 1\n", "model.py": "width = 1\n"})
 
@@ -145,6 +151,15 @@ class Rehearsal:
     fitness: Fitness = field(default_factory=PerplexityFitness)
     plan: dict[str, Any] = field(default_factory=dict)
     max_steps: int | None = None
+    max_hours: float | None = None
+    review: str = "none"
+    policy: Policy = field(default_factory=Policy)
+    people: People | None = None  # once it runs
+
+    @property
+    def inbox(self) -> Inbox:
+        """What people write to, and the run reads."""
+        return Inbox(self.folder / FILE_NAME)
 
     def run(self) -> Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -158,13 +173,33 @@ class Rehearsal:
             sandbox=SandboxSpec("process"),
             run_folder=self.folder,
         )
+        trials = Trials(bench, self.executor, journal)
+        people = self.people = People(
+            journal,
+            self.folder.name,
+            Turns(self.executor.n_slots),
+            trials.stopping,
+            self.inbox,
+            self.policy,
+            announce=self.watch.note,
+            caps={"max_hours": self.max_hours},
+            told=journal.of_kind("inbox"),
+        )
         parts = Parts(
             mutator=self.mutator,
             selector=Truncation(elitism=1),
             fitness=self.fitness,
             memory=self.memory or JsonMemory(self.folder / "memory", "population", 100),
-            trials=Trials(bench, self.executor, journal),
+            trials=trials,
             journal=journal,
+            people=people,
+            reviews=Reviews(
+                people,
+                journal,
+                self.review,
+                known=[event.key for event in journal.of_kind("review")],
+            ),
+            effects=Effects(journal, Means(self.folder, self.folder, image="sha256:own")),
             watch=self.watch,
             n_slots=self.executor.n_slots,
             run_folder=self.folder,
@@ -184,8 +219,8 @@ class Rehearsal:
             "n_generations": 3,
             "reject_duplicates": True,
             "keep_all_checkpoints": False,
-            "max_hours": None,
             "stagnation_generations": None,
+            "stuck_generations": None,
             "pair_with_peers": True,
             "crossover_probability": 0.5,
             "max_repairs": 1,

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from darwin_exp import summary
-from darwin_exp.evolution import BaseFailed
 from darwin_exp.fitness import MfuFitness
 from darwin_exp.individual import Genome, Job, JobResult, Purpose, Reason, Status
 from darwin_exp.journal import Journal, comparable, load
+from darwin_exp.measuring import BaseFailed
 from darwin_exp.protocols import InfrastructureFailure, Stopped
 from darwin_exp.trials import CHECKPOINT, Broken
 
@@ -287,7 +287,7 @@ def test_a_base_that_does_not_train_ends_the_run_with_its_traceback(
 def test_a_cap_stops_the_run_and_resuming_finishes_it(rehearse: Rehearse) -> None:
     whole = rehearse("whole").run()
     with pytest.raises(Stopped, match="max_hours"):
-        rehearse("capped", plan={"max_hours": 1e-9}).run()
+        rehearse("capped", max_hours=1e-9).run()
     assert comparable(rehearse("capped").run().events()) == comparable(whole.events())
 
 

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 
+from darwin_exp.effects import Effects, Means
 from darwin_exp.evolution import Parts, Plan, evolve
 from darwin_exp.fitness import PerplexityFitness
 from darwin_exp.individual import (
@@ -35,9 +36,12 @@ from darwin_exp.llm.wire import Wire
 from darwin_exp.memory import JsonMemory
 from darwin_exp.mutation import LanguageModelMutator
 from darwin_exp.mutation.prompt import Surroundings
+from darwin_exp.people import People
+from darwin_exp.reviews import Reviews
 from darwin_exp.selection import Truncation
 from darwin_exp.tokens import TokenCounter
 from darwin_exp.trials import Bench, Trials
+from darwin_exp.turns import Turns
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_USD = 5.0
@@ -53,8 +57,8 @@ PLAN = Plan(
     n_generations=3,
     reject_duplicates=False,  # which of two siblings has the same code first is a matter of luck
     keep_all_checkpoints=False,
-    max_hours=None,
     stagnation_generations=None,
+    stuck_generations=None,
     pair_with_peers=True,
     crossover_probability=0.0,
     max_repairs=1,
@@ -164,6 +168,7 @@ def main(folder: Path, base_url: str, plan: Plan = PLAN) -> None:
         answer_tokens=2_000,
         count=counter,
     )
+    people = People(journal, folder.name, Turns(executor.n_slots), trials.stopping)
     parts = Parts(
         mutator=mutator,
         selector=Truncation(elitism=1),
@@ -171,6 +176,9 @@ def main(folder: Path, base_url: str, plan: Plan = PLAN) -> None:
         memory=JsonMemory(folder / "memory", "population", 100),
         trials=trials,
         journal=journal,
+        people=people,
+        reviews=Reviews(people, journal),
+        effects=Effects(journal, Means(folder, folder)),
         watch=Nobody(),
         n_slots=executor.n_slots,
         run_folder=folder,

@@ -233,7 +233,7 @@ def test_g2_the_same_patch_of_another_parent_is_another_request() -> None:
 
 
 def test_g2_a_change_grants_its_own_content_and_only_that() -> None:
-    bound = {"content": "prose", "content_hash": hash_of("prose")}
+    bound: dict[str, Any] = {"content": "prose", "content_hash": hash_of("prose")}
     standing = standing_of(asked_by(POEMS), answered(POEMS, "change", **bound))
     assert (standing.state, standing.granted_content) == (State.CHANGED, "prose")
 

@@ -45,6 +45,7 @@ SCRIPT = Request(
     "g01-i02",
     1,
 )
+QUESTION = replace(SCRIPT, type=RequestType.QUESTION)  # may be changed to anything
 PATCH = Request(
     RUN_ID,
     RequestType.EDIT,
@@ -159,6 +160,53 @@ def test_a_patch_is_highlighted_on_a_terminal(run_folder: Path) -> None:
     assert "\x1b[" in line
 
 
+def test_g3_show_warns_of_what_would_be_refused_when_it_is_carried_out(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed(run_folder, "show", SCRIPT.request_id)
+    assert "as it stands it would be refused: a script is told exactly" in capsys.readouterr().out
+    exact = replace(SCRIPT, content='{"path": "warm.py", "text": "x = 1"}')
+    ask(Inbox(run_folder / FILE_NAME), exact)
+    typed(run_folder, "show", exact.request_id)
+    assert "would be refused" not in capsys.readouterr().out
+
+
+def test_list_and_show_tell_what_came_of_an_answer(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*words: str) -> str:
+        assert typed(run_folder, *words) == 0
+        return capsys.readouterr().out
+
+    said("approve", SCRIPT.request_id, "--hash", SCRIPT.content_hash)
+    assert "to come" in said("list")
+    assert "takes effect at the next generation" in said("show", SCRIPT.request_id)
+    journal = Journal(run_folder)
+    payload = {
+        "request_id": SCRIPT.request_id,
+        "type": "script",
+        "generation": 3,
+        "outcome": "failed",
+        "message": "no plain name \x1b[2J",
+    }
+    journal.append("effect", SCRIPT.request_id, payload)
+    journal.close()
+    assert "failed" in said("list")
+    shown = said("show", SCRIPT.request_id)
+    assert "failed in generation 3: no plain name" in shown
+    assert "\x1b" not in shown
+
+
+def test_a_damaged_journal_leaves_the_requests_to_be_read(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_folder / "journal.sqlite").write_bytes(b"no journal at all" * 100)
+    assert typed(run_folder, "list") == 0
+    said = capsys.readouterr().out
+    assert "2 waiting" in said
+    assert "what came of answers is not known" in said
+
+
 # --- approving -------------------------------------------------------------------------------
 
 
@@ -250,10 +298,11 @@ def test_g2_a_change_from_a_file_grants_that_file(run_folder: Path, tmp_path: Pa
     file = tmp_path / "better.py"
     file.write_bytes(b"print('warmer')\r\n")
     digits = hashlib.sha256(file.read_bytes()).hexdigest()  # as sha256sum prints them
-    change = ["change", SCRIPT.request_id, "--file", str(file)]
-    assert typed(run_folder, *change, "--hash", SCRIPT.content_hash) == 1
+    ask(Inbox(run_folder / FILE_NAME), QUESTION)
+    change = ["change", QUESTION.request_id, "--file", str(file)]
+    assert typed(run_folder, *change, "--hash", QUESTION.content_hash) == 1
     assert typed(run_folder, *change, "--hash", digits) == 0
-    assert standing_of(run_folder).granted_content == "print('warmer')\r\n"
+    assert standing_of(run_folder, QUESTION).granted_content == "print('warmer')\r\n"
 
 
 def test_g2_a_change_in_the_editor_is_shown_before_it_is_approved(
@@ -263,15 +312,44 @@ def test_g2_a_change_in_the_editor_is_shown_before_it_is_approved(
     editor.write_text("import sys; open(sys.argv[1], 'a').write('print(2)\\n')")
     monkeypatch.setenv("EDITOR", f"{sys.executable} {editor}")
     monkeypatch.delenv("VISUAL", raising=False)
-    changed = SCRIPT.content + "print(2)\n"
+    changed = QUESTION.content + "print(2)\n"
     digits = hashlib.sha256(changed.encode()).hexdigest()
-    change = ["change", SCRIPT.request_id, "--editor"]
-    old = SCRIPT.content_hash[:8].encode() + b"\n"
+    ask(Inbox(run_folder / FILE_NAME), QUESTION)
+    change = ["change", QUESTION.request_id, "--editor"]
+    old = QUESTION.content_hash[:8].encode() + b"\n"
     assert at_a_terminal(run_folder, change, old)[0] == 1
     code, screen = at_a_terminal(run_folder, change, digits[:8].encode() + b"\n")
     assert code == 0
     assert digits in screen
-    assert standing_of(run_folder).granted_content == changed
+    assert standing_of(run_folder, QUESTION).granted_content == changed
+
+
+@pytest.mark.parametrize("content", ["print('x')\n", '{"path": "../a.py", "text": "x"}'])
+def test_g3_a_change_that_could_not_be_carried_out_grants_nothing(
+    run_folder: Path, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "content"
+    file.write_text(content)
+    digits = hashlib.sha256(content.encode()).hexdigest()
+    words = ("change", SCRIPT.request_id, "--file", str(file), "--hash", digits)
+    assert typed(run_folder, *words) == 1
+    assert "it could not be carried out" in capsys.readouterr().err
+    assert standing_of(run_folder).waits
+
+
+def test_g2_a_changed_rewrite_keeps_the_lines_that_say_whose_it_is(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patch = "--- a/train.py\n+++ b/train.py\n@@ -1 +1 @@\n-rate = 1\n+rate = 3\n"
+    good = edit_content("g02-i01", "g01-i02", "ab" * 32, patch)
+    file = tmp_path / "content"
+    for content, code in ((good.replace("g01-i02", "g01-i03"), 1), ("rate = 3", 1), (good, 0)):
+        file.write_text(content)
+        digits = hashlib.sha256(content.encode()).hexdigest()
+        words = ("change", PATCH.request_id, "--file", str(file), "--hash", digits)
+        assert typed(run_folder, *words) == code
+    assert "the first lines say which rewrite" in capsys.readouterr().err
+    assert standing_of(run_folder, PATCH).granted_content == good
 
 
 @pytest.mark.parametrize(("editor", "code"), [("true", 1), ("false", 2), ("/nowhere/vi", 2)])

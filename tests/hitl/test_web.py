@@ -130,7 +130,7 @@ def test_a_request_is_denied_or_asked_back(
 
 
 def test_a_change_grants_the_new_content_and_only_that(served: Served) -> None:
-    request = served.ask("500 MB")
+    request = served.ask("500 MB", RequestType.QUESTION)
     address = f"/requests/{request.request_id}"
     fields = served.get(address).fields(address, 1)
     sent = {**fields, "decision": "change", "content": "50 MB\r\nof it"}
@@ -376,6 +376,8 @@ def test_serve_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "choose --port" in capsys.readouterr().err
     assert serve(tmp_path, host="0.0.0.0", port=0) == WRONG
     assert "name one address" in capsys.readouterr().err
+    assert serve(tmp_path, host="192.0.2.1") == WRONG
+    assert "choose --host" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's list of locks is Linux's")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
-from darwin_exp.hitl.requests import RequestType, State, fold
+from darwin_exp.hitl.requests import RequestType, State, content_of, fold
+from tests.browser import CHROMIUM, Browser
+from tests.hitl.peopled import POEMS, Peopled
 from tests.hitl.served import PATCH, Served, wait_for
+from tests.hitl.tab import Tab
 from tests.report.long_journal import LongJournal
-from tests.report.test_report_in_browser import CHROMIUM, Browser
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=//a.test/x onerror=alert(1)>"
 PAGES = ("/", "/run", "/lineage", "/agents", "/agents/g01-i02", "/guidance", "/audit")
@@ -21,51 +22,27 @@ pytestmark = [
 ]
 
 
-class Tab:
-    """One tab of a browser that was let in by the link."""
+class ServedTab(Tab):
+    """A tab on a page that this process serves."""
 
     def __init__(self, browser: Browser, page: Served) -> None:
-        self.browser, self.page = browser, page
-        target = browser.call("Target.createTarget", url="about:blank")["targetId"]
-        attached = browser.call("Target.attachToTarget", targetId=target, flatten=True)
-        browser.session = attached["sessionId"]
-        for domain in ("Page", "Network", "Runtime", "Log"):
-            browser.call(f"{domain}.enable")
-        browser.call("Page.navigate", url=page.door.link)
-        wait_for(lambda: self.ask("location.pathname") == "/")
-
-    def ask(self, expression: str) -> Any:
-        return self.browser.ask(expression)
-
-    def visit(self, path: str) -> None:
-        """Open an address and wait until it is there, its script included."""
-        self.browser.call("Page.navigate", url=self.page.origin + path)
-        self.wait_until(f"location.pathname + location.search === {path!r}")
-
-    def wait_until(self, condition: str) -> None:
-        """Wait until an expression holds in a page that is loaded."""
-        ready = "document.readyState === 'complete' && !document.getElementById('theme')?.hidden"
-        wait_for(lambda: self.ask(f"Boolean({ready} && ({condition}))"))
-
-    def click(self, selector: str) -> None:
-        """Click on what a selector finds, with the mouse's own event."""
-        self.wait_until(f"document.querySelector({selector!r})")
-        self.ask(f"document.querySelector({selector!r}).click()")
+        self.page = page
+        super().__init__(browser, page.door.link)
 
 
 @pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedTab]:
     folder = tmp_path_factory.mktemp("browser")
     run = LongJournal(folder / "run", 80, 4, failing=0.1, hostile=HOSTILE).write("search")
     with Served(run) as page:
         chromium = Browser(folder / "profile")
         try:
-            yield Tab(chromium, page)
+            yield ServedTab(chromium, page)
         finally:
             chromium.close()
 
 
-def test_g2_a_request_appears_is_read_and_approved_by_its_hash(tab: Tab) -> None:
+def test_g2_a_request_appears_is_read_and_approved_by_its_hash(tab: ServedTab) -> None:
     tab.visit("/")
     request = tab.page.ask("wikitext-103\nlicence CC BY-SA", reason=f"more text {HOSTILE}")
     address = f"/requests/{request.request_id}"
@@ -86,8 +63,32 @@ def test_g2_a_request_appears_is_read_and_approved_by_its_hash(tab: Tab) -> None
     assert standing.history[-1].author.door == "web"
 
 
-def test_another_content_is_granted_as_it_was_typed(tab: Tab) -> None:
-    request = tab.page.ask("\nfirst line is empty\n  500 MB", RequestType.RESOURCES)
+def test_what_came_of_an_approval_appears_by_itself(tab: ServedTab) -> None:
+    run = Peopled(tab.page.run_folder)
+    request = run.approved(RequestType.DATASET, POEMS)
+    tab.visit("/")
+    tab.wait_until("document.body.textContent.includes('takes effect at the next generation')")
+    run.effect(request, f"12,000 tokens more {HOSTILE}")
+    tab.wait_until("document.body.textContent.includes('done in generation 3: 12,000 tokens')")
+    tab.visit(f"/requests/{request.request_id}")
+    assert "12,000 tokens more" in tab.ask("document.getElementById('outcome').textContent")
+    assert tab.ask("document.getElementById('concern')") is None
+
+
+def test_g3_a_warning_stands_above_the_buttons_and_shows_the_path(tab: ServedTab) -> None:
+    content = content_of({"path": "../run.py", "text": HOSTILE})
+    request = tab.page.ask(content, RequestType.SCRIPT)
+    tab.visit(f"/requests/{request.request_id}")
+    assert "'../run.py'" in tab.ask("document.getElementById('concern').textContent")
+    above = "document.getElementById('concern').getBoundingClientRect().bottom"
+    button = "document.querySelector('button[value=approve]').getBoundingClientRect().top"
+    assert tab.ask(f"{above} < {button}")
+    tab.click("button[value='deny']")
+    tab.wait_until("document.querySelector('.pill.no')?.textContent === 'denied'")
+
+
+def test_another_content_is_granted_as_it_was_typed(tab: ServedTab) -> None:
+    request = tab.page.ask("\nfirst line is empty\n  500 MB", RequestType.QUESTION)
     address = f"/requests/{request.request_id}"
     tab.visit(address)
     tab.click("#change summary")
@@ -101,7 +102,7 @@ def test_another_content_is_granted_as_it_was_typed(tab: Tab) -> None:
     assert standing.granted_content == "\nfirst line is empty\n  50 MB"
 
 
-def test_a_rewrite_is_read_as_a_coloured_patch(tab: Tab) -> None:
+def test_a_rewrite_is_read_as_a_coloured_patch(tab: ServedTab) -> None:
     request = tab.page.ask(PATCH, RequestType.EDIT)
     tab.visit(f"/requests/{request.request_id}")
     colour = "getComputedStyle(document.querySelector('tr.{}')).backgroundColor"
@@ -110,7 +111,7 @@ def test_a_rewrite_is_read_as_a_coloured_patch(tab: Tab) -> None:
     tab.wait_until("document.querySelector('.pill.no')?.textContent === 'denied'")
 
 
-def test_everything_is_reached_by_keys_alone(tab: Tab) -> None:
+def test_everything_is_reached_by_keys_alone(tab: ServedTab) -> None:
     request = tab.page.ask("by keys", RequestType.QUESTION)
     tab.visit("/")
     tab.wait_until("document.querySelector('.requests a.what')")
@@ -134,7 +135,7 @@ def test_everything_is_reached_by_keys_alone(tab: Tab) -> None:
     assert tab.ask(unlabelled) == 0
 
 
-def test_a_note_typed_while_the_page_refreshes_is_not_lost(tab: Tab) -> None:
+def test_a_note_typed_while_the_page_refreshes_is_not_lost(tab: ServedTab) -> None:
     tab.visit("/guidance")
     typed = "document.querySelector('textarea[name=text]')"
     tab.ask(f"{typed}.focus(); {typed}.value = 'half a tho'")
@@ -143,7 +144,7 @@ def test_a_note_typed_while_the_page_refreshes_is_not_lost(tab: Tab) -> None:
     assert tab.ask(f"{typed}.value") == "half a tho"
 
 
-def heard_live(tab: Tab, since: int) -> int:
+def heard_live(tab: ServedTab, since: int) -> int:
     return sum(
         event.get("method") == "Network.responseReceived"
         and "/live/" in event["params"]["response"]["url"]
@@ -151,7 +152,7 @@ def heard_live(tab: Tab, since: int) -> int:
     )
 
 
-def test_no_page_asks_another_host_or_has_errors(tab: Tab) -> None:
+def test_no_page_asks_another_host_or_has_errors(tab: ServedTab) -> None:
     for path in PAGES:
         tab.visit(path)
         assert tab.ask("document.title").endswith("– DARWIN")
@@ -170,7 +171,7 @@ def test_no_page_asks_another_host_or_has_errors(tab: Tab) -> None:
     assert complaints == []
 
 
-def test_charts_are_drawn_and_lead_to_agents(tab: Tab) -> None:
+def test_charts_are_drawn_and_lead_to_agents(tab: ServedTab) -> None:
     tab.visit("/run")
     charts = "[...document.querySelectorAll('svg.chart')]"
     assert tab.ask(f"{charts}.length") == 3
@@ -181,7 +182,7 @@ def test_charts_are_drawn_and_lead_to_agents(tab: Tab) -> None:
     tab.wait_until("location.pathname.startsWith('/agents/g')")
 
 
-def test_light_and_dark_can_be_chosen(tab: Tab) -> None:
+def test_light_and_dark_can_be_chosen(tab: ServedTab) -> None:
     tab.visit("/")
     colour = "getComputedStyle(document.body).backgroundColor"
     before = tab.ask(colour)
@@ -193,7 +194,7 @@ def test_light_and_dark_can_be_chosen(tab: Tab) -> None:
     assert tab.ask(colour) == before
 
 
-def test_a_phone_scrolls_within_charts_and_tables_only(tab: Tab) -> None:
+def test_a_phone_scrolls_within_charts_and_tables_only(tab: ServedTab) -> None:
     request = tab.page.ask("on a phone", RequestType.LIBRARY)
     tab.browser.call(
         "Emulation.setDeviceMetricsOverride",
@@ -211,7 +212,7 @@ def test_a_phone_scrolls_within_charts_and_tables_only(tab: Tab) -> None:
         tab.browser.call("Emulation.clearDeviceMetricsOverride")
 
 
-def test_the_end_of_serve_is_told(tab: Tab) -> None:
+def test_the_end_of_serve_is_told(tab: ServedTab) -> None:
     tab.visit("/")
     tab.page.server.should_exit = True
     tab.wait_until("document.getElementById('connection').textContent.includes('does not answer')")

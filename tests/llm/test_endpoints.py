@@ -9,6 +9,7 @@ import pytest
 from darwin_exp.individual import ModelSpec
 from darwin_exp.llm import endpoints
 from darwin_exp.protocols import ModelsUnavailable
+from darwin_exp.stub_llm.server import StubServer
 from tests.llm.asking import NAME, Say, Server, refusal
 from tests.llm.test_wire import PAGE, free_url
 
@@ -35,6 +36,16 @@ def test_an_endpoint_without_a_list_proves_nothing(models: Say) -> None:
     with Server() as server:
         server.models = models
         assert check(server.url) == []
+
+
+def test_an_address_without_its_end_is_told_the_whole_one() -> None:
+    with StubServer() as server:
+        half = server.base_url.removesuffix("/v1")
+        for typed in (half, f"{half}/"):
+            with pytest.raises(ModelsUnavailable, match=f"at {server.base_url}; write that"):
+                check(typed, "stub-careful")
+        assert check(server.base_url, "stub-careful") == []
+        assert check(f"{half}/nothing/here", "stub-careful") == []  # which proves nothing
 
 
 def test_an_unknown_model_of_this_machine_is_named_with_close_ones() -> None:

@@ -102,6 +102,24 @@ def test_a_call_that_exactly_reaches_a_cap_is_made() -> None:
         money.reserve("a/0/3.0", 1, 0.1)
 
 
+def test_f10_a_cap_that_a_person_sets_while_the_run_goes_on_holds_from_then_on() -> None:
+    money = Money(None, None, 2, PRICES)
+    money.reserve("a/0.0", 10, 0.1)
+    money.follow(capped("llm.max_calls", 1))
+    with pytest.raises(Stopped, match=r"llm\.max_calls=1"):
+        money.reserve("b/0.0", 10, 0.1)
+    money.follow(capped("llm.max_calls", 3))
+    money.reserve("b/0.0", 10, 0.1)
+    money.follow(capped("max_hours", 1))
+    money.follow(capped("llm.max_usd", 5.0))
+    with pytest.raises(Stopped, match="no price"):
+        money.reserve("c/0.0", 10, None)
+
+
+def capped(key: str, value: float) -> Event:
+    return Event(1, "budget", "7", {"key": key, "value": value})
+
+
 def test_prices_are_for_a_million_tokens_and_this_machine_is_free() -> None:
     money = Money(None, None, None, PRICES)
     assert money.usd_of(FAR, 500_000, 250_000) == pytest.approx(1.0 + 2.0)
@@ -118,6 +136,15 @@ def test_a_cap_in_dollars_needs_every_price() -> None:
         Money(1.0, None, None, PRICES).check_prices([FAR, NEAR, other])
 
 
+def test_a_mistyped_model_is_not_only_asked_for_its_price() -> None:
+    prices = {"gpt-5-mini": (0.25, 2.0), "gpt-4o-mini": (0.15, 0.6), "gpt-5": (1.25, 10.0)}
+    with pytest.raises(ModelsUnavailable, match=r"price for gpt-4o-mni \(or is gpt-4o-mini meant"):
+        Money(1.0, None, None, prices).check_prices([ModelSpec("gpt-4o-mni", FAR.base_url)])
+    with pytest.raises(ModelsUnavailable) as error:
+        Money(1.0, None, None, prices).check_prices([ModelSpec("claude", FAR.base_url)])
+    assert "meant" not in str(error.value)
+
+
 def test_an_estimate_reaches_from_one_call_each_to_every_draft_of_every_repair() -> None:
     money = Money(None, None, None, {**PRICES, "small": (1.0, 1.0)})
     estimate = money.estimate(
@@ -127,6 +154,20 @@ def test_an_estimate_reaches_from_one_call_each_to_every_draft_of_every_repair()
     assert estimate.tokens == (30_000, 240_000)
     assert estimate.usd == pytest.approx((20 * 0.0015, 160 * 0.006))
     assert str(estimate) == "20 to 160 calls, 0.03 to 0.24 million tokens, 0.03 to 0.96 USD"
+
+
+def test_an_estimate_counts_each_call_that_a_rewrite_in_chunks_takes() -> None:
+    money = Money(None, None, None, PRICES)
+    estimate = money.estimate(
+        20,
+        max_drafts=2,
+        max_repairs=3,
+        prompt_tokens=1000,
+        answer_tokens=500,
+        models=[FAR],
+        calls_per_rewrite=5,
+    )
+    assert estimate.calls == (100, 320)  # a repair is one call
 
 
 def test_an_estimate_says_where_it_knows_no_price_and_where_nothing_costs() -> None:

@@ -113,6 +113,16 @@ PROMPTS: dict[str, Callable[[], Prompt]] = {
     "crossover": lambda: draft(request(lessons=LESSONS, mate=MATE, noise=None), form="rewrite"),
     "repair": lambda: repair(crash(), about=replace(ABOUT, guidance="Keep it fast.\n## Ha")),
     "chunk": lambda: chunk(told=["model.py#3 (class MLP): ReLU"], objections=("no progress",)),
+    "guided": lambda: draft(
+        request(
+            lessons=LESSONS,
+            guidance=(
+                "Try longer warm-ups.",
+                'your request for dataset ({"path": "poems"}): approved',
+                'extra training text of 1,000 tokens is listed in the job\'s "extra_train"',
+            ),
+        )
+    ),
     "tight": lambda: draft(request(lessons=LESSONS, mate=MATE), FIXED + 700),
     "of_the_base": lambda: draft(request(parent=BASE, editor=BASE, noise=None), form="text"),
 }
@@ -362,6 +372,15 @@ def test_f14_guidance_cannot_pass_for_another_section_and_objections_are_quoted(
     assert (answer.role, answer.text) == ("assistant", "my answer")
     assert told.role == "user"
     assert not re.search("^(##|===|Form:)", told.text, re.MULTILINE)
+
+
+def test_f14_a_note_cannot_pass_for_another_section_and_the_last_of_many_stay() -> None:
+    prompt = draft(request(guidance=(INJECTION, *(f"note {k} " + "x" * 500 for k in range(50)))))
+    assert sections(prompt).count("Guidance from people") == 1
+    assert sections(prompt).count("Your answer") == 1
+    assert user(prompt).count("\nForm: ") == 1
+    assert "note 49" in user(prompt)
+    assert "note 2 " not in user(prompt)
 
 
 def test_an_earlier_answer_is_shown_again_but_not_all_of_a_long_one() -> None:

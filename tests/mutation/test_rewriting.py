@@ -81,6 +81,16 @@ def test_f8_a_search_that_does_not_fit_is_refused_with_what_would_mend_it(
     assert len(str(refusal)) < 1_000
 
 
+def test_f8_of_several_edits_it_is_said_which_one_does_not_fit() -> None:
+    fits, fails = FileEdit("model.py", "F.gelu", "F.relu"), FileEdit("model.py", "F.gulu", "F.x")
+    whole = FileEdit("lib/extra.py", "", "x = 1\n")
+    assert str(refused(fits, fails, whole)).startswith("edit 2 of 3: a search text stands nowhere")
+    assert str(refused(whole, fits, FileEdit("/etc/x.py", "a", "b"))).startswith("edit 3 of 3: '/")
+    # One alone needs no number, and whole files have their names.
+    assert str(refused(fails)).startswith("a search text stands nowhere in model.py")
+    assert str(refused(whole, whole)).startswith("an edit with an empty search writes all of lib/")
+
+
 def test_f8_places_that_overlap_count_as_several() -> None:
     refusal = refused(FileEdit("x.py", "aa", "b"), genome=Genome.of({"x.py": "aaa"}))
     assert "stands 2 times" in str(refusal)

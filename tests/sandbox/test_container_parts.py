@@ -25,10 +25,11 @@ from typing import Any
 import pytest
 
 from darwin_exp.protocols import InfrastructureFailure, Zone
-from darwin_exp.sandbox import archive, docker, engine, keeper, reaping
+from darwin_exp.sandbox import archive, docker, engine, engine_calls, keeper, reaping
 from darwin_exp.sandbox.cgroup import Books
 from darwin_exp.sandbox.confinement import become
-from darwin_exp.sandbox.engine import EngineFailure, EngineUnavailable, State
+from darwin_exp.sandbox.engine import State
+from darwin_exp.sandbox.engine_calls import EngineFailure, EngineUnavailable
 from darwin_exp.sandbox.processes import descendants
 from darwin_exp.sandbox.removal import Removals
 from darwin_exp.sandbox.stream import MAX_UNREAD_BYTES, Stream
@@ -728,7 +729,7 @@ class TestAnEngineThatHangs:
                 began = time.monotonic()
                 with pytest.raises(EngineFailure):
                     ask(found)
-                assert time.monotonic() - began < engine.CALL_SECONDS / 2
+                assert time.monotonic() - began < engine_calls.CALL_SECONDS / 2
         finally:
             mute.close()
 
@@ -772,7 +773,7 @@ class TestConnecting:
                 try:
                     if os.geteuid() == 0:
                         become(64_123)
-                    engine._knock(str(place))
+                    engine_calls.knock(str(place))
                     os._exit(2)
                 except EngineUnavailable as obstacle:
                     os._exit(0 if "usermod -aG docker" in str(obstacle) else 3)

@@ -25,11 +25,12 @@ from darwin_exp.individual import Genome, SandboxSpec
 from darwin_exp.protocols import InfrastructureFailure, Launch, Limits, SandboxUnavailable, Zone
 from darwin_exp.sandbox import container as container_module
 from darwin_exp.sandbox import docker as docker_module
-from darwin_exp.sandbox import profile, reaping
+from darwin_exp.sandbox import profile, reaping, trial
 from darwin_exp.sandbox.cgroup import Books
 from darwin_exp.sandbox.container import Container
 from darwin_exp.sandbox.docker import DockerSandbox
-from darwin_exp.sandbox.engine import Belonging, Engine, EngineFailure, State, connect
+from darwin_exp.sandbox.engine import Belonging, Engine, State, connect
+from darwin_exp.sandbox.engine_calls import EngineFailure
 from darwin_exp.sandbox.processes import resident_bytes
 from darwin_exp.sandbox.profile import OUT, Housing, container_config, volume_options
 from darwin_exp.sandbox.stream import MAX_UNREAD_BYTES
@@ -761,7 +762,7 @@ class TestAvailability:
             unseen = replace(housing, programs=housing.programs / "unseen")
             return container_config(unseen, *arguments, **more)
 
-        monkeypatch.setattr(docker_module, "container_config", elsewhere)
+        monkeypatch.setattr(trial, "container_config", elsewhere)
         assert "does not see our files" in self.refused(options, engine)
 
     def test_an_image_with_volumes_of_its_own_is_refused(
@@ -777,7 +778,7 @@ class TestAvailability:
         def shut(limits: Limits) -> dict[str, str]:
             return {**volume_options(limits), "o": "uid=0,mode=0700"}
 
-        monkeypatch.setattr(docker_module, "volume_options", shut)
+        monkeypatch.setattr(trial, "volume_options", shut)
         assert "not write to its volume" in self.refused(options, engine)
 
     def test_a1_an_engine_whose_containers_are_in_our_network_is_refused(
@@ -788,7 +789,7 @@ class TestAvailability:
             config["HostConfig"]["NetworkMode"] = "host"
             return config | {"NetworkDisabled": False}
 
-        monkeypatch.setattr(docker_module, "container_config", shared)
+        monkeypatch.setattr(trial, "container_config", shared)
         assert "in the network of this machine" in self.refused(options, engine)
 
     def test_what_a_trial_leaves_that_was_killed_is_found_by_its_owner(
@@ -800,7 +801,7 @@ class TestAvailability:
             notes.append((housing.programs.parent / reaping.OWNER_FILE).read_text())
             return container_config(housing, *arguments, **more)
 
-        monkeypatch.setattr(docker_module, "container_config", look)
+        monkeypatch.setattr(trial, "container_config", look)
         DockerSandbox.check(options)
         assert notes == [reaping.owner()]
 
@@ -820,7 +821,7 @@ class TestAvailability:
     ) -> None:
         info = {**engine.info(), "SwapLimit": False}
         monkeypatch.setattr(Engine, "info", lambda _: info)
-        monkeypatch.setattr(docker_module, "_SWAPS", tmp_path / "swaps")
+        monkeypatch.setattr(trial, "_SWAPS", tmp_path / "swaps")
         (tmp_path / "swaps").write_text("Filename Type Size Used Priority\n")
         DockerSandbox.check(options)
         with (tmp_path / "swaps").open("a") as swaps:

@@ -247,7 +247,7 @@ def test_a_trace_holds_the_whole_exchange_its_times_and_its_cost(run: Asking) ->
     assert tags["model_endpoint"] == "https://api.example.test/v1"
     assert tags["purpose"] == "draft"
     assert tags["query"] == "g00-i01/0/0"
-    assert float(tags["usd"]) == pytest.approx(0.00021)
+    assert tags["usd"] == "0.00021"
     assert tags["latency_seconds"] == "1.250"
     assert tags["mlflow.traceName"] == "draft g00-i01"
 
@@ -279,6 +279,10 @@ def test_f1_f3_a_failed_try_is_a_trace_with_its_error(run: Asking) -> None:
         assert trace.data.spans[0].inputs["messages"][1]["content"] == LONG, "of the later answer"
     assert limited.info.tags["http_status"] == "429"
     assert "the endpoint said rate_limited" in limited.data.spans[0].status.description
+    (event,) = limited.data.spans[0].events  # which a page shows, unlike that description
+    assert event.name == "exception"
+    assert event.attributes["exception.type"] == "rate limited"
+    assert "the endpoint said rate_limited" in event.attributes["exception.message"]
     assert lost.info.tags["outcome"] == "unknown: counted as spent"
 
 

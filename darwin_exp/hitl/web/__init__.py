@@ -8,6 +8,7 @@ be alive.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from darwin_exp.hitl.web.pages import Pages
     from darwin_exp.hitl.web.security import Door
 
+PORT = 8787  # where it is free
 MOST_CONNECTIONS = 64
 QUIT_SECONDS = 2  # for which requests under way are waited for at the end
 WRONG = 2  # exit code: the configuration or the environment
@@ -27,14 +29,14 @@ _SCREENS = {"DISPLAY", "WAYLAND_DISPLAY"}
 
 
 def serve(
-    run_folder: Path, host: str = "127.0.0.1", port: int = 8787, open_browser: bool = False
+    run_folder: Path, host: str = "127.0.0.1", port: int | None = None, open_browser: bool = False
 ) -> int:
     """Serve a run's page until somebody interrupts it, and return the exit code.
 
     Args:
         run_folder: the run's folder; the run need not be alive.
         host: address or name to listen on, one of this machine's.
-        port: 0 takes any that is free.
+        port: 0 takes any that is free; None takes 8787, or any where that is taken.
         open_browser: whether to open the page, too.
     """
     if not run_folder.is_dir():
@@ -42,24 +44,32 @@ def serve(
         return WRONG
     run_folder = run_folder.resolve()  # its name is the run's id
     try:
-        listener = listen(host, port)
+        listener = _listen_where_it_is_free(host) if port is None else listen(host, port)
     except (OSError, ValueError, OverflowError) as error:
-        print(f"serve cannot listen on {host}:{port}: {error}; choose --port", file=sys.stderr)
+        where, cure = (host, "--host") if port is None else (f"{host}:{port}", "--port")
+        print(f"serve cannot listen on {where}: {error}; choose {cure}", file=sys.stderr)
         return WRONG
     with listener:
         server, pages, door = assemble(run_folder, host, listener)
+        is_elsewhere = port is None and listener.getsockname()[1] != PORT
         try:
-            return _serve(server, listener, door, host, open_browser)
+            return _serve(server, listener, door, host, open_browser, is_elsewhere)
         finally:
             pages.live.close()
 
 
 def _serve(
-    server: Server, listener: socket.socket, door: Door, host: str, open_browser: bool
+    server: Server,
+    listener: socket.socket,
+    door: Door,
+    host: str,
+    open_browser: bool,
+    is_elsewhere: bool,
 ) -> int:
     from darwin_exp.hitl.web.security import is_loopback
 
-    print(f"DARWIN is at {door.link} (this link works once; Ctrl-C ends it)", flush=True)
+    where = f"; port {PORT} is taken" if is_elsewhere else ""
+    print(f"DARWIN is at {door.link} (this link works once; Ctrl-C ends it{where})", flush=True)
     if not is_loopback(host):
         words = f"{host} is reached from outside, unencrypted: whoever can listen can take over"
         print(words, file=sys.stderr)
@@ -73,6 +83,15 @@ def _serve(
     except KeyboardInterrupt:
         print("serve has ended; the run goes on without it")
     return 0
+
+
+def _listen_where_it_is_free(host: str) -> socket.socket:
+    try:
+        return listen(host, PORT)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return listen(host, 0)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -103,13 +122,13 @@ def assemble(run_folder: Path, host: str, listener: socket.socket) -> tuple[Serv
     """
     import uvicorn
 
+    from darwin_exp.hitl.inbox import person
     from darwin_exp.hitl.web.app import build_app
-    from darwin_exp.hitl.web.desk import person
     from darwin_exp.hitl.web.pages import Pages
     from darwin_exp.hitl.web.security import LARGEST_HEAD, Door
 
     door = Door(host, listener.getsockname()[1])
-    author = person()
+    author = person("web")
     pages = Pages(run_folder, author, door.seal)
     config = uvicorn.Config(
         build_app(pages, door, author),

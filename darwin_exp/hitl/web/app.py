@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from darwin_exp.hitl.concerns import check_replacement
 from darwin_exp.hitl.inbox import Author, InboxError
 from darwin_exp.hitl.requests import (
     ALL,
@@ -192,6 +193,8 @@ class _Site:
         if decision is Decision.CHANGE:
             content = form.get("content", "")
             agreed = hash_of(content)
+            if content.strip():  # a change to nothing is refused with words of its own
+                check_replacement(standing.request, content, self._pages.surroundings(standing))
         elif "content" in form:
             raise Refused(400, "Only a change comes with a content: nothing was written.")
         if decision is Decision.APPROVE and len(standing.request.content) > LARGEST_SHOWN:

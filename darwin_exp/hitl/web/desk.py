@@ -7,14 +7,12 @@ Never: shows requests of an inbox whose chain is broken, so that none of them ca
 
 from __future__ import annotations
 
-import os
-import pwd
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from darwin_exp.hitl.inbox import FILE_NAME, Author, Entry, Inbox, InboxError
+from darwin_exp.hitl.inbox import FILE_NAME, Entry, Inbox, InboxError
 from darwin_exp.hitl.requests import Board, fold
 
 # A file's time is as coarse as the kernel's clock: what changed within one tick looks unchanged.
@@ -79,13 +77,3 @@ def _state(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino
-
-
-def person() -> Author:
-    """Return whoever runs this process, as author of what comes in by the web page."""
-    # From the account and not from the environment, in which anybody can call himself anything.
-    try:
-        name = pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        name = f"uid {os.getuid()}"
-    return Author(name, "web")

@@ -23,8 +23,8 @@ from functools import cached_property
 from pathlib import Path
 
 from darwin_exp.chronicle import Agent, Chronicle
-from darwin_exp.journal import FILE_NAME, JournalError
-from darwin_exp.journal import _hash as chained  # the one rule of the chain, nowhere written twice
+from darwin_exp.hitl.outcomes import Outcomes
+from darwin_exp.journal import FILE_NAME, JournalError, chained_hash
 from darwin_exp.protocols import Event
 from darwin_exp.report.effects import effects
 from darwin_exp.report.facts import Facts, line_of, n_requested
@@ -102,7 +102,7 @@ class JournalTail:
                 event = Event(
                     sequence, kind, key, json.loads(payload), json.loads(measured), written_at
                 )
-                intact = sequence == expected and chained(event, before) == found
+                intact = sequence == expected and chained_hash(event, before) == found
             except (ValueError, TypeError, AttributeError) as error:
                 raise JournalError(damage) from error
             if not intact:
@@ -159,6 +159,7 @@ class View:
         last_hash: of the last of them.
         under_way: who is between draft and end, oldest first.
         problem: why the journal could not be read on; empty where it could.
+        outcomes: what came of people's answers.
     """
 
     facts: Facts | None
@@ -166,6 +167,7 @@ class View:
     last_hash: str = ""
     under_way: tuple[Life, ...] = ()
     problem: str = ""
+    outcomes: Outcomes = field(default_factory=Outcomes)
     _made: dict[str, str] = field(default_factory=dict, repr=False)
     _mutex: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -294,7 +296,8 @@ def _fold(run_folder: Path, tail: JournalTail, problem: str = "") -> View:
         champions_line=line_of(chronicle, chronicle.selected),
         children=children,
     )
-    return View(facts, n_events, tail.last_hash, _under_way(chronicle), problem)
+    outcomes = Outcomes.of(tail.events)
+    return View(facts, n_events, tail.last_hash, _under_way(chronicle), problem, outcomes)
 
 
 def _under_way(chronicle: Chronicle) -> tuple[Life, ...]:

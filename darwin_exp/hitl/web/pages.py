@@ -18,15 +18,19 @@ from urllib.parse import urlencode
 
 from markupsafe import Markup
 
+from darwin_exp.hitl.audit import lost
+from darwin_exp.hitl.concerns import Surroundings, concern_about
 from darwin_exp.hitl.inbox import Author, Entry, canonical
 from darwin_exp.hitl.requests import BUDGETS, Standing
 from darwin_exp.hitl.web import portrait, shown
 from darwin_exp.hitl.web.desk import Desk, Desktop
 from darwin_exp.hitl.web.live import Live, View, is_worked_at
+from darwin_exp.hitl.wishes import FORMS
 from darwin_exp.report import charts, lineage
 from darwin_exp.report.effects import MFU, PERPLEXITY, log_ratio, percent_of
 from darwin_exp.report.facts import STATUS_IN_WORDS, Facts, signed, slots
 from darwin_exp.report.patch import visible
+from darwin_exp.report.people import people
 from darwin_exp.wording import number
 
 HERE = Path(__file__).parent
@@ -142,6 +146,7 @@ class Pages:
             status=status,
             n_found=len(found),
             n_all=len(everyone),
+            n_environments=len(facts.chronicle.environments) if facts else 1,
             page=page,
             n_pages=n_pages,
             turned=lambda k: "/agents?" + urlencode({"words": words, "status": status, "page": k}),
@@ -149,7 +154,8 @@ class Pages:
 
     def agent(self, name: str) -> str | None:
         """Return the page of one agent; None where there is no such agent, or not yet."""
-        facts = self.live.view().facts
+        view = self.live.view()
+        facts = view.facts
         one = facts.chronicle.agent(name) if facts else None
         if facts is None or one is None:
             return None
@@ -160,6 +166,7 @@ class Pages:
             f"Agent {name}",
             "/agents",
             one=one,
+            n_environments=len(facts.chronicle.environments),
             children=facts.children.get(name, ()),
             model=portrait.model_of(facts, name),
             is_pinned=name in board.pins,
@@ -168,29 +175,39 @@ class Pages:
             patches=changed,
             against=against,
             why_no_patch=why,
-            asked=[shown.Row.of(s) for s in board.requests.values() if name in s.askers],
+            asked=[
+                shown.Row.of(standing, view.outcomes)
+                for standing in board.requests.values()
+                if name in standing.askers
+            ],
             lessons=portrait.lessons(self.run_folder / "individuals" / name / "memory.json"),
             log=portrait.log_of(facts, name),
         )
 
     def request(self, standing: Standing) -> str:
         """Return the page of one request, with forms for the answers that would still count."""
-        row, request = shown.Row.of(standing), standing.request
-        granted = standing.granted_content
-        facts = self.live.view().facts
+        view, request, granted = self.live.view(), standing.request, standing.granted_content
+        row, facts = shown.Row.of(standing, view.outcomes), view.facts
         is_other = granted is not None and granted != request.content
         return self._page(
             "request.html",
             f"{row.kind_in_words}: {row.headline}",
             "/",
             one=row,
+            concern=concern_about(standing, view.outcomes, lambda: self.surroundings(standing)),
             content=shown.parts(request.type, request.content[: shown.LARGEST_SHOWN]),
             content_as_text=request.content,
+            form=FORMS.get(request.type, ""),
             is_shown_whole=len(request.content) <= shown.LARGEST_SHOWN,
             granted=shown.parts(request.type, granted) if is_other and granted else (),
             entries=shown.told(standing.history),
             has_ended=bool(facts and request.patch_of and facts.chronicle.agent(request.patch_of)),
         )
+
+    def surroundings(self, standing: Standing) -> Surroundings:
+        """Return what a request is judged against, as far as the run has recorded it."""
+        facts = self.live.view().facts
+        return Surroundings.of(facts.chronicle if facts else None, standing.request.asked_by)
 
     def guidance(self) -> str:
         """Return the page of what people tell agents and the run."""
@@ -211,8 +228,10 @@ class Pages:
 
     def audit(self, page: int) -> str:
         """Return a page of all entries, after verifying the whole chain once more."""
-        desktop, view = self.desk.read(anew=True), self.live.view()
+        view = self.live.view()  # first, so that it cannot tell of entries that are newer
+        desktop = self.desk.read(anew=True)
         entries = desktop.entries[::-1]
+        events = view.facts.chronicle.events if view.facts and not desktop.damage else ()
         n_pages = max(1, -(-len(entries) // ENTRIES_PER_PAGE))
         page = min(max(1, page), n_pages)
         return self._page(
@@ -221,6 +240,7 @@ class Pages:
             "/audit",
             damage=desktop.damage,
             n_entries=len(entries),
+            lost=lost(entries, events),
             last_hash=entries[0].hash if entries else "",
             journal_problem=view.problem,
             journal_hash=view.last_hash if view.n_events else "",
@@ -259,14 +279,14 @@ class Pages:
         return len(self.desk.read().board.waiting)
 
     def _inbox(self) -> str:
-        board = self.desk.read().board
+        board, outcomes = self.desk.read().board, self.live.view().outcomes
         settled = sorted(
             (one for one in board.requests.values() if not one.waits),
             key=lambda one: -one.history[-1].sequence,
         )
         return self._templates.get_template("inbox_live.html").render(
-            waiting=[shown.Row.of(one) for one in board.waiting],
-            settled=[shown.Row.of(one) for one in settled[:MOST_SETTLED]],
+            waiting=[shown.Row.of(one, outcomes) for one in board.waiting],
+            settled=[shown.Row.of(one, outcomes) for one in settled[:MOST_SETTLED]],
             n_more=max(0, len(settled) - MOST_SETTLED),
         )
 
@@ -333,6 +353,7 @@ def _progress(facts: Facts, view: View) -> dict[str, Any]:
     begun = [agent.generation for agent in chronicle.agents]
     generation = max([*begun, *(life.generation for life in view.under_way)], default=0)
     has_mfu = any(agent.value(MFU) is not None for agent in chronicle.agents)
+    told = people(chronicle) if len(chronicle.environments) > 1 else None
     drawn = {
         "perplexity": charts.by_generation(facts, PERPLEXITY),
         "best_so_far": charts.best_so_far(facts),
@@ -341,6 +362,7 @@ def _progress(facts: Facts, view: View) -> dict[str, Any]:
     return {
         "best": best,
         "base": base,
+        "environments": told.environments if told else (),
         "best_change": change,
         "mfu": best.value(MFU) if best else None,
         "n_finished": len(chronicle.rewrites),

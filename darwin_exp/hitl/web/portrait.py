@@ -14,6 +14,7 @@ from typing import Any
 
 from darwin_exp.chronicle import Agent
 from darwin_exp.genome import Genome
+from darwin_exp.report.effects import PERPLEXITY
 from darwin_exp.report.facts import Facts, signed
 from darwin_exp.report.patch import FilePatch, patches
 from darwin_exp.wording import number
@@ -53,6 +54,11 @@ def scores(facts: Facts, agent: Agent) -> list[tuple[str, str]]:
         (name.replace("_", " "), number(value)) for name, value in sorted(agent.values.items())
     ]
     found.append(("fitness", number(agent.fitness)))
+    found += [
+        (f"perplexity in environment {index}", number(before.values.get(PERPLEXITY)))
+        for index, before in agent.measurements.items()
+        if index != agent.environment
+    ]
     if effect is not None:
         found.append(("perplexity against its parent", signed(effect.perplexity_percent)))
         found.append(("MFU against its parent", signed(effect.mfu_percent)))

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from darwin_exp.hitl.inbox import Author, Entry
-from darwin_exp.hitl.requests import GRANTED, HARNESS, RequestType, Standing, State
+from darwin_exp.hitl.outcomes import Outcome, Outcomes
+from darwin_exp.hitl.requests import GRANTED, HARNESS, Request, RequestType, Standing, State
 from darwin_exp.report.patch import Line, visible
 
 LARGEST_SHOWN = 400_000  # characters; what is longer cannot be read, and so not approved, here
@@ -52,6 +53,7 @@ class Row:
         tone: of its pill: waiting, yes or no.
         may_approve: whether a yes would still count.
         is_open: whether it waits.
+        outcome: what came of the answer, as far as the run has got.
     """
 
     request_id: str
@@ -71,17 +73,14 @@ class Row:
     is_open: bool
     may_approve: bool
     is_granted: bool
+    outcome: Outcome | None
 
     @classmethod
-    def of(cls, standing: Standing) -> Row:
+    def of(cls, standing: Standing, outcomes: Outcomes) -> Row:
         """Word a standing."""
         request, state = standing.request, standing.state
         late = state in (State.DENIED, State.EXPIRED) and request.type is not RequestType.EDIT
-        first = request.content.strip().partition("\n")[0]
-        if request.type is RequestType.EDIT and request.patch_of:
-            first = request.patch_of
-        elif first in ("{", ""):
-            first = request.reason or "no words"
+        first = headline(request)
         return cls(
             request.request_id,
             request.content_hash,
@@ -100,7 +99,26 @@ class Row:
             standing.waits,
             standing.waits or late,
             state in GRANTED,
+            outcomes.of_request(standing),
         )
+
+
+def headline(request: Request) -> str:
+    """Return in a few words what is asked for; the content itself is shown apart, and whole."""
+    if request.type is RequestType.EDIT and request.patch_of:
+        return request.patch_of
+    try:
+        told = json.loads(request.content)
+    except (ValueError, RecursionError):
+        told = None
+    words: list[str] = []
+    if isinstance(told, dict):
+        named = [told.get(name) for name in ("source", "requirement", "key", "value", "path")]
+        listed = [told.get(name) for name in ("moves", "files", "removes")]
+        words = [str(one) for one in named if isinstance(one, str | int | float)]
+        words += [str(path) for paths in listed if isinstance(paths, dict | list) for path in paths]
+    first = request.content.strip().partition("\n")[0] if told is None else ""
+    return " ".join(words) or first or request.reason or "no words"
 
 
 @dataclass(frozen=True)
@@ -119,7 +137,7 @@ def parts(kind: RequestType, content: str) -> list[Part]:
     found = [Part("the whole content", content)]
     try:
         told = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return found
     if isinstance(told, dict):
         found += [

@@ -1,0 +1,360 @@
+"""Effects: carries out what people have approved, and takes back what they have revoked.
+
+Reads: the board of requests at the start of a generation, and the living.
+Writes: the journal's "effect" and "withdrawn" events; extra texts and images, through their makers.
+Never: does more than the approved content says, or anything twice. What cannot be done is told with
+the reason, and the run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from darwin_exp.archive import fitness_or_least
+from darwin_exp.births import Commission, name_of
+from darwin_exp.conditions import Conditions, ExtraFile
+from darwin_exp.hitl.asked import Refused, Standing, hash_of
+from darwin_exp.hitl.requests import Board, RequestType, State
+from darwin_exp.hitl.wishes import DatasetWish, Setting, TreeWish, requirement_of
+from darwin_exp.individual import Individual
+from darwin_exp.journal import Journal
+from darwin_exp.protocols import Event, SandboxUnavailable
+from darwin_exp.trials import BASE_ID, Broken
+
+Found = tuple[str, dict[str, Any]]  # a sentence for people, and what the run needs to know
+OF_TREES = (RequestType.SCRIPT, RequestType.FILE_STRUCTURE)
+OF_CONDITIONS = (RequestType.DATASET, RequestType.LIBRARY, RequestType.RESOURCES)
+
+
+@dataclass(frozen=True)
+class Means:
+    """What effects are carried out with.
+
+    Attributes:
+        data_folder: the run's prepared data, which nothing changes.
+        data_root: where extra texts are prepared.
+        max_overlap: share of an extra text that may stand in what is held out, and is removed.
+        dataset_sources: ways of getting text that the configuration allows.
+        forbidden: folders that no extra text may be read from.
+        image: of the run's containers; None where there are none.
+        announce: told of every effect, in a sentence.
+    """
+
+    data_folder: Path
+    data_root: Path
+    max_overlap: float = 0.5
+    dataset_sources: tuple[str, ...] = ()
+    forbidden: tuple[Path, ...] = ()
+    image: str | None = None
+    announce: Callable[[str], None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What is in force from a generation on.
+
+    Attributes:
+        conditions: under which everybody is trained.
+        commissions: rewrites to be made in this generation.
+        because: requests that were carried out or revoked since the generation before, and change
+            the conditions.
+    """
+
+    conditions: Conditions
+    commissions: tuple[Commission, ...] = ()
+    because: tuple[str, ...] = ()
+
+
+class Effects:
+    """Carries out approvals at the starts of generations."""
+
+    def __init__(self, journal: Journal, means: Means) -> None:
+        self._journal = journal
+        self._means = means
+
+    def carry_out(
+        self,
+        generation: int,
+        board: Board,
+        living: Sequence[Individual],
+        everyone: Mapping[str, Individual],
+        n_offspring: int,
+    ) -> Carried:
+        """Return what is in force from a generation on, after doing what was approved until then.
+
+        Args:
+            living: whose code approved files join.
+            everyone: by name, for whom they descend from.
+            n_offspring: how many rewrites the generation makes.
+        """
+        commissions: list[Commission] = []
+        for standing in board.requests.values():
+            kind, name = standing.request.type, standing.request.request_id
+            done = self._of(generation, "effect", name)
+            if standing.granted_content is not None and done is None:
+                if kind in OF_CONDITIONS:
+                    self._do(generation, standing, partial(self._condition, standing, generation))
+                elif kind in OF_TREES and len(commissions) < n_offspring:
+                    slot = n_offspring - 1 - len(commissions)
+                    commission = self._commission(generation, standing, living, slot)
+                    commissions += [] if commission is None else [commission]
+            elif standing.state is State.REVOKED and done is not None:
+                self._take_back(generation, done, everyone)
+        because = [
+            event.key
+            for kind in ("effect", "withdrawn")
+            for event in self._journal.of_kind(kind)
+            if event.payload["generation"] == generation
+            and event.payload["type"] in {one.value for one in OF_CONDITIONS}
+        ]
+        return Carried(self._conditions(generation), tuple(commissions), tuple(because))
+
+    def outcast(self, board: Board, everyone: Mapping[str, Individual]) -> frozenset[str]:
+        """Return those who live no longer: vetoed, or made of code that was revoked since.
+
+        The base is neither: without it nothing could be compared.
+        """
+        names = set(board.vetoes)
+        for standing in board.requests.values():
+            done = self._journal.find("effect", standing.request.request_id)
+            if standing.state is State.REVOKED and done is not None:
+                names |= set(_carriers(done, everyone))
+        return frozenset(names - {BASE_ID})
+
+    def withdraw_those_of(self, generation: int, why: str) -> None:
+        """Take back what changed the conditions in a generation, because nothing trains there."""
+        for event in self._in_force(generation):
+            if event.payload["generation"] == generation:
+                self._withdraw(generation, event, why, ())
+
+    def told_to(self, agents: Collection[str], generation: int) -> tuple[str, ...]:
+        """Return what is in force or could not be done, as editors are told of it."""
+        told = [
+            event.payload["message"]
+            for event in self._in_force(generation)
+            if event.payload["type"] in {kind.value for kind in OF_CONDITIONS}
+        ]
+        for event in self._journal.of_kind("effect"):
+            payload = event.payload
+            failed = payload["outcome"] == "failed" and payload["generation"] <= generation
+            if failed and set(payload["askers"]) & set(agents):
+                told.append(f"your request for {payload['type']} failed: {payload['message']}")
+        return tuple(told)
+
+    def verify(self, conditions: Conditions) -> None:
+        """Check that what individuals are trained on is what was approved.
+
+        Raises:
+            Broken: an extra text is missing, or is another one now.
+        """
+        from data import DataError, verify_extra
+
+        try:
+            for extra in conditions.extra_train:
+                verify_extra(Path(extra.file), extra.content_hash)
+        except DataError as error:
+            raise Broken(str(error)) from error
+
+    # --- what was done ---------------------------------------------------------------------------
+
+    def _of(self, generation: int, kind: str, name: str) -> Event | None:
+        """Return what was done of a request before a generation."""
+        event = self._journal.find(kind, name)
+        return event if event and event.payload["generation"] < generation else None
+
+    def _in_force(self, generation: int) -> list[Event]:
+        return [
+            event
+            for event in self._journal.of_kind("effect")
+            if event.payload["outcome"] == "done"
+            and event.payload["generation"] <= generation
+            and not self._is_withdrawn(event.key, generation)
+        ]
+
+    def _is_withdrawn(self, name: str, generation: int) -> bool:
+        event = self._journal.find("withdrawn", name)
+        return event is not None and event.payload["generation"] <= generation
+
+    def _conditions(self, generation: int) -> Conditions:
+        """Fold what is in force, in the order in which it was done."""
+        extra: list[ExtraFile] = []
+        libraries: list[str] = []
+        changed: dict[str, Any] = {}
+        for event in self._in_force(generation):
+            details = event.payload["details"]
+            if event.payload["type"] == RequestType.DATASET.value:
+                extra.append(ExtraFile(details["file"], details["content_hash"]))
+            elif event.payload["type"] == RequestType.LIBRARY.value:
+                changed["image"] = details["image"]
+                libraries += details["import_names"]
+            elif event.payload["type"] == RequestType.RESOURCES.value:
+                changed[details["key"]] = details["value"]
+        return Conditions(tuple(extra), libraries=tuple(libraries), **changed)
+
+    # --- doing -----------------------------------------------------------------------------------
+
+    def _do(self, generation: int, standing: Standing, how: Callable[[], Found]) -> Event:
+        request = standing.request
+
+        def compute() -> tuple[dict[str, Any], dict[str, Any]]:
+            outcome = "done"
+            details: dict[str, Any] = {}
+            try:
+                message, details = how()
+            except _expected_failures() as failure:
+                outcome, message = "failed", str(failure)
+            self._means.announce(f"{request.type.value} {request.request_id}: {message}")
+            return {"outcome": outcome, "message": message, "details": details}, {}
+
+        return self._journal.once(
+            "effect",
+            request.request_id,
+            compute,
+            given={
+                "request_id": request.request_id,
+                "type": request.type.value,
+                "askers": list(standing.askers),
+                "generation": generation,
+            },
+        )
+
+    def _condition(self, standing: Standing, generation: int) -> Found:
+        content = standing.granted_content or ""
+        kind = standing.request.type
+        if kind is RequestType.DATASET:
+            return self._dataset(DatasetWish.read(content, self._means.dataset_sources))
+        if kind is RequestType.LIBRARY:
+            return self._library(requirement_of(content), generation)
+        setting = Setting.read(content)
+        return f"{setting.key} is {setting.value:,} from now on", vars(setting)
+
+    def _dataset(self, wish: DatasetWish) -> Found:
+        from data import prepare_extra
+
+        means = self._means
+        extra = prepare_extra(
+            means.data_folder,
+            wish.source,
+            wish.path,
+            wish.licence,
+            wish.most_mb,
+            means.data_root,
+            means.max_overlap,
+            means.announce,
+            means.forbidden,
+        )
+        told = (
+            f"extra training text of {extra.tokens:,} tokens ({wish.source} {wish.path}, "
+            f'{wish.licence}) is listed in the job\'s "extra_train"; {extra.removed_blocks:,} '
+            "blocks that stand in held-out text were removed"
+        )
+        return told, {
+            "file": str(extra.file),
+            "content_hash": extra.content_hash,
+            "tokens": extra.tokens,
+            "bytes": extra.n_bytes,
+            "removed_blocks": extra.removed_blocks,
+            "source": extra.source,
+            "path": extra.path,
+            "licence": extra.licence,
+        }
+
+    def _library(self, requirement: str, generation: int) -> Found:
+        from darwin_exp.image import with_library
+
+        image = self._conditions(generation).image or self._means.image
+        if image is None:
+            raise Refused("a library goes into a new image, and this run has none; sandbox=docker")
+        made = with_library(image, requirement, self._means.announce)
+        names = ", ".join(made.import_names)
+        told = f"{made.requirement} may be imported ({names})"
+        return told, {
+            "requirement": made.requirement,
+            "image": made.image,
+            "import_names": list(made.import_names),
+        }
+
+    def _commission(
+        self, generation: int, standing: Standing, living: Sequence[Individual], slot: int
+    ) -> Commission | None:
+        """Return the rewrite of whoever asked first, or of the fittest where that one is dead."""
+        request = standing.request
+        fittest = max(living, key=fitness_or_least)
+        asker = next((one for one in living if one.individual_id in standing.askers), fittest)
+        what = request.type.value.replace("_", " ")
+
+        def how() -> Found:
+            wish = TreeWish.read(request.type, standing.granted_content or "")
+            changed, removed = wish.changes(asker.genome)
+            name = name_of(generation, slot)
+            told = f"{what} for {asker.individual_id}: made into {name}"
+            return told, {
+                "individual_id": name,
+                "parent_id": asker.individual_id,
+                "changed": changed,
+                "removed": removed,
+            }
+
+        payload = self._do(generation, standing, how).payload
+        if payload["outcome"] == "failed":
+            return None
+        details = payload["details"]
+        files = ", ".join([*details["changed"], *details["removed"]])
+        return Commission(
+            hash_of(standing.granted_content or ""),
+            asker,
+            f"{what} ({files})",
+            request.reason,
+            tuple(details["changed"].items()),
+            tuple(details["removed"]),
+        )
+
+    # --- taking back -----------------------------------------------------------------------------
+
+    def _take_back(self, generation: int, done: Event, everyone: Mapping[str, Individual]) -> None:
+        if done.payload["outcome"] != "done" or self._of(generation, "withdrawn", done.key):
+            return
+        carriers = _carriers(done, everyone)
+        what = "its carriers live no longer" if carriers else "it is in force no longer"
+        self._withdraw(generation, done, f"revoked: {what}", carriers)
+
+    def _withdraw(
+        self, generation: int, done: Event, message: str, carriers: Sequence[str]
+    ) -> None:
+        def compute() -> tuple[dict[str, Any], dict[str, Any]]:
+            self._means.announce(f"{done.payload['type']} {done.key}: {message}")
+            return {"message": message, "carriers": list(carriers)}, {}
+
+        self._journal.once(
+            "withdrawn",
+            done.key,
+            compute,
+            given={
+                "request_id": done.key,
+                "type": done.payload["type"],
+                "generation": generation,
+            },
+        )
+
+
+def _carriers(done: Event, everyone: Mapping[str, Individual]) -> list[str]:
+    """Return whom an effect made and all that come of it, in the order of their names."""
+    if "individual_id" not in done.payload["details"]:
+        return []
+    found = {done.payload["details"]["individual_id"]}
+    for one in sorted(everyone.values(), key=lambda one: (one.generation, one.slot)):
+        if found & set(one.parent_ids):
+            found.add(one.individual_id)
+    return sorted(found)
+
+
+def _expected_failures() -> tuple[type[Exception], ...]:
+    """Return what keeps an approval from being carried out without being a defect of ours."""
+    from darwin_exp.image import ImageError
+    from data import DataError
+
+    return (Refused, DataError, ImageError, SandboxUnavailable)
