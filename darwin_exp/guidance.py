@@ -62,17 +62,21 @@ def help_text() -> str:
 
 def _described_keys() -> Iterator[tuple[str, Any]]:
     """Yield every key with its declaration: top-level ones first, then those of each group."""
-    for entry in fields(DarwinConfig):
-        if "help" in entry.metadata:
-            yield entry.name, entry
-        elif entry.name not in GROUPS:
-            inner_fields = fields(getattr(DarwinConfig(), entry.name))
-            yield from ((f"{entry.name}.{inner.name}", inner) for inner in inner_fields)
+    yield from _keys_of(DarwinConfig())
     for group, schemas in SCHEMAS.items():
         merged = {entry.name: entry for kind in schemas.values() for entry in fields(kind)}
         for name, entry in merged.items():
             if "help" in entry.metadata:
                 yield f"{group}.{name}", entry
+
+
+def _keys_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the keys of a typed configuration, and of those within it that are no group."""
+    for entry in fields(config):
+        if "help" in entry.metadata:
+            yield f"{prefix}{entry.name}", entry
+        elif entry.name not in GROUPS:
+            yield from _keys_of(getattr(config, entry.name), f"{prefix}{entry.name}.")
 
 
 def _key_line(name: str, entry: Any) -> str:
