@@ -96,6 +96,8 @@ class Archive:
     def found(self, base: Individual) -> None:
         """Take in the base, with which everybody after it is compared."""
         self.base = base
+        with self._mutex:
+            self._individuals[base.individual_id] = base
         self.repeat_of_base(base)
 
     def repeat_of_base(self, again: Individual) -> None:

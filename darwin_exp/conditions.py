@@ -73,6 +73,7 @@ class Conditions:
     def environment_id(self, own: Mapping[str, Any]) -> str:
         """Return twelve digits that stand for an environment and these changes of it."""
         told = self.changed
-        told["extra_train"] = [extra.content_hash for extra in self.extra_train]
-        text = json.dumps({**own, "changed": told}, sort_keys=True)
+        if self.extra_train:  # by their content, wherever they lie
+            told["extra_train"] = [extra.content_hash for extra in self.extra_train]
+        text = json.dumps({**own, "changed": told} if told else own, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

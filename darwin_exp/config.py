@@ -148,7 +148,8 @@ def check(config: DarwinConfig) -> None:
         except ValueError as error:
             raise ConfigError("integrity.key must be hexadecimal digits, or null") from error
     _check_splits(config.dataset.splits)
-    _at_least("hitl.ordinary_lines", config.hitl.ordinary_lines, 0)
+    for name in ("ordinary_lines", "most_waiting_each", "most_waiting"):
+        _at_least(f"hitl.{name}", getattr(config.hitl, name), 0)
     if config.hitl.stuck_generations is not None:
         _at_least("hitl.stuck_generations", config.hitl.stuck_generations, 1)
 

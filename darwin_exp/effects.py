@@ -30,6 +30,10 @@ OF_TREES = (RequestType.SCRIPT, RequestType.FILE_STRUCTURE)
 OF_CONDITIONS = (RequestType.DATASET, RequestType.LIBRARY, RequestType.RESOURCES)
 
 
+class _Postponed(Exception):
+    """An approval cannot be carried out at the moment."""
+
+
 @dataclass(frozen=True)
 class Means:
     """What effects are carried out with.
@@ -95,12 +99,14 @@ class Effects:
         for standing in board.requests.values():
             kind, name = standing.request.type, standing.request.request_id
             done = self._of(generation, "effect", name)
+            if self._is_postponed(name, generation):
+                continue
             if standing.granted_content is not None and done is None:
                 if kind in OF_CONDITIONS:
                     self._do(generation, standing, partial(self._condition, standing, generation))
                 elif kind in OF_TREES and len(commissions) < n_offspring:
                     slot = n_offspring - 1 - len(commissions)
-                    commission = self._commission(generation, standing, living, slot)
+                    commission = self._commission(generation, standing, living, everyone, slot)
                     commissions += [] if commission is None else [commission]
             elif standing.state is State.REVOKED and done is not None:
                 self._take_back(generation, done, everyone)
@@ -120,19 +126,33 @@ class Effects:
         """
         names = set(board.vetoes)
         for standing in board.requests.values():
-            done = self._journal.find("effect", standing.request.request_id)
-            if standing.state is State.REVOKED and done is not None:
-                names |= set(_carriers(done, everyone))
+            if standing.state is not State.REVOKED:
+                continue
+            name = standing.request.request_id
+            done = self._journal.find("effect", name)
+            made = _made_by(done) if done is not None else standing.request.patch_of
+            names |= _descendants(made, everyone)
         return frozenset(names - {BASE_ID})
 
-    def withdraw_those_of(self, generation: int, why: str) -> None:
-        """Take back what changed the conditions in a generation, because nothing trains there."""
-        for event in self._in_force(generation):
-            if event.payload["generation"] == generation:
-                self._withdraw(generation, event, why, ())
+    def withdraw_those_of(self, generation: int, why: str) -> bool:
+        """Take back what changed the conditions in a generation, because nothing trains there.
 
-    def told_to(self, agents: Collection[str], generation: int) -> tuple[str, ...]:
-        """Return what is in force or could not be done, as editors are told of it."""
+        Returns whether there was such a thing.
+        """
+        kinds = {kind.value for kind in OF_CONDITIONS}
+        theirs = [
+            event
+            for event in self._journal.of_kind("effect")
+            if event.payload["generation"] == generation
+            and event.payload["outcome"] == "done"
+            and event.payload["type"] in kinds
+        ]
+        for event in theirs:
+            self._withdraw(generation, event, why, ())
+        return bool(theirs)
+
+    def came_of(self, agents: Collection[str], generation: int) -> tuple[str, ...]:
+        """Return what is in force for everybody, and what of these agents could not be done."""
         told = [
             event.payload["message"]
             for event in self._in_force(generation)
@@ -142,7 +162,7 @@ class Effects:
             payload = event.payload
             failed = payload["outcome"] == "failed" and payload["generation"] <= generation
             if failed and set(payload["askers"]) & set(agents):
-                told.append(f"your request for {payload['type']} failed: {payload['message']}")
+                told.append(f"request {event.key} failed: {payload['message']}")
         return tuple(told)
 
     def verify(self, conditions: Conditions) -> None:
@@ -197,7 +217,11 @@ class Effects:
 
     # --- doing -----------------------------------------------------------------------------------
 
-    def _do(self, generation: int, standing: Standing, how: Callable[[], Found]) -> Event:
+    def _is_postponed(self, name: str, generation: int) -> bool:
+        return self._journal.find("postponed", f"{name}/g{generation:02d}") is not None
+
+    def _do(self, generation: int, standing: Standing, how: Callable[[], Found]) -> Event | None:
+        """Carry an approval out, once; None where that has to wait for the next generation."""
         request = standing.request
 
         def compute() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -205,22 +229,29 @@ class Effects:
             details: dict[str, Any] = {}
             try:
                 message, details = how()
-            except _expected_failures() as failure:
+            except Exception as failure:  # whatever it is, an approval must not end a run
+                if isinstance(failure, _passing_failures()):
+                    raise _Postponed(str(failure)) from failure
                 outcome, message = "failed", str(failure)
+                if not isinstance(failure, _expected_failures()):
+                    message = f"{type(failure).__name__}: {failure}"
             self._means.announce(f"{request.type.value} {request.request_id}: {message}")
             return {"outcome": outcome, "message": message, "details": details}, {}
 
-        return self._journal.once(
-            "effect",
-            request.request_id,
-            compute,
-            given={
-                "request_id": request.request_id,
-                "type": request.type.value,
-                "askers": list(standing.askers),
-                "generation": generation,
-            },
-        )
+        given = {
+            "request_id": request.request_id,
+            "type": request.type.value,
+            "askers": list(standing.askers),
+            "generation": generation,
+        }
+        try:
+            return self._journal.once("effect", request.request_id, compute, given=given)
+        except _Postponed as failure:
+            words = f"{request.type.value} {request.request_id}: not now ({failure}); tried again"
+            self._means.announce(f"{words} at the next generation")
+            key = f"{request.request_id}/g{generation:02d}"
+            self._journal.append("postponed", key, {"message": str(failure)})
+            return None
 
     def _condition(self, standing: Standing, generation: int) -> Found:
         content = standing.granted_content or ""
@@ -248,9 +279,8 @@ class Effects:
             means.forbidden,
         )
         told = (
-            f"extra training text of {extra.tokens:,} tokens ({wish.source} {wish.path}, "
-            f'{wish.licence}) is listed in the job\'s "extra_train"; {extra.removed_blocks:,} '
-            "blocks that stand in held-out text were removed"
+            f"extra training text of {extra.tokens:,} tokens is listed in the job's extra_train; "
+            f"{extra.removed_blocks:,} blocks that stand in held-out text were removed"
         )
         return told, {
             "file": str(extra.file),
@@ -279,15 +309,21 @@ class Effects:
         }
 
     def _commission(
-        self, generation: int, standing: Standing, living: Sequence[Individual], slot: int
+        self,
+        generation: int,
+        standing: Standing,
+        living: Sequence[Individual],
+        everyone: Mapping[str, Individual],
+        slot: int,
     ) -> Commission | None:
-        """Return the rewrite of whoever asked first, or of the fittest where that one is dead."""
+        """Return the rewrite of whoever asked first and lives on, in its children at least."""
         request = standing.request
-        fittest = max(living, key=fitness_or_least)
-        asker = next((one for one in living if one.individual_id in standing.askers), fittest)
+        asker = _heir(standing.askers, living, everyone)
         what = request.type.value.replace("_", " ")
 
         def how() -> Found:
+            if asker is None:
+                raise Refused("neither who asked for it nor any descendant lives; ask again")
             wish = TreeWish.read(request.type, standing.granted_content or "")
             changed, removed = wish.changes(asker.genome)
             name = name_of(generation, slot)
@@ -299,10 +335,10 @@ class Effects:
                 "removed": removed,
             }
 
-        payload = self._do(generation, standing, how).payload
-        if payload["outcome"] == "failed":
+        done = self._do(generation, standing, how)
+        if done is None or done.payload["outcome"] == "failed" or asker is None:
             return None
-        details = payload["details"]
+        details = done.payload["details"]
         files = ", ".join([*details["changed"], *details["removed"]])
         return Commission(
             hash_of(standing.granted_content or ""),
@@ -318,7 +354,7 @@ class Effects:
     def _take_back(self, generation: int, done: Event, everyone: Mapping[str, Individual]) -> None:
         if done.payload["outcome"] != "done" or self._of(generation, "withdrawn", done.key):
             return
-        carriers = _carriers(done, everyone)
+        carriers = sorted(_descendants(_made_by(done), everyone))
         what = "its carriers live no longer" if carriers else "it is in force no longer"
         self._withdraw(generation, done, f"revoked: {what}", carriers)
 
@@ -341,15 +377,31 @@ class Effects:
         )
 
 
-def _carriers(done: Event, everyone: Mapping[str, Individual]) -> list[str]:
-    """Return whom an effect made and all that come of it, in the order of their names."""
-    if "individual_id" not in done.payload["details"]:
-        return []
-    found = {done.payload["details"]["individual_id"]}
+def _heir(
+    askers: Sequence[str], living: Sequence[Individual], everyone: Mapping[str, Individual]
+) -> Individual | None:
+    """Return the first of some agents that lives, or the fittest that descends from the first."""
+    for asker in askers:
+        line = _descendants(asker, everyone)
+        heirs = [one for one in living if one.individual_id in line]
+        if heirs:
+            return max(heirs, key=lambda one: (one.individual_id == asker, fitness_or_least(one)))
+    return None
+
+
+def _made_by(done: Event) -> str | None:
+    """Return whom an effect made, if it made somebody."""
+    made: str | None = done.payload["details"].get("individual_id")
+    return made
+
+
+def _descendants(name: str | None, everyone: Mapping[str, Individual]) -> set[str]:
+    """Return an individual and all that come of it."""
+    found = {name} if name is not None else set()
     for one in sorted(everyone.values(), key=lambda one: (one.generation, one.slot)):
         if found & set(one.parent_ids):
             found.add(one.individual_id)
-    return sorted(found)
+    return found
 
 
 def _expected_failures() -> tuple[type[Exception], ...]:
@@ -357,4 +409,11 @@ def _expected_failures() -> tuple[type[Exception], ...]:
     from darwin_exp.image import ImageError
     from data import DataError
 
-    return (Refused, DataError, ImageError, SandboxUnavailable)
+    return (Refused, DataError, ImageError)
+
+
+def _passing_failures() -> tuple[type[Exception], ...]:
+    """Return what may be otherwise in a while: no network, no container engine."""
+    from data import DataUnavailable
+
+    return (DataUnavailable, SandboxUnavailable)

@@ -112,6 +112,7 @@ def evolve(base_genome: Genome, plan: Plan, parts: Parts) -> None:
         Stopped: a cap was reached, or a person wants it.
         Interrupted: somebody stopped the trials.
     """
+    parts.people.hear_caps()
     lives = _Lives(plan, parts)
     population = lives.fill(lives.live_base(base_genome))
     for generation in range(1, plan.n_generations + 1):
@@ -203,8 +204,7 @@ class _Lives:
         Raises:
             Stopped: a person wants the run to stop before this generation.
         """
-        hours = (time.monotonic() - self._began) / 3600
-        return self.steering.open_generation(generation, population, self.has_begun, hours)
+        return self.steering.open_generation(generation, population, self.has_begun(generation))
 
     def pair(
         self,
@@ -249,10 +249,10 @@ class _Lives:
             generation=birth.generation,
             base=self.archive.base,
             noise=self.archive.noise_sd,
-            guidance=self.steering.guidance(birth, attempt=0),
         )
         try:
-            proposal = self.drafts.propose(birth, request)
+            asked = self.steering.heard(request, birth, attempt=0)
+            proposal = self.drafts.propose(birth, asked)
         except EditFailed as failure:
             self.steering.tell_of_failure(birth, failure)
             return self._finish(stillborn(birth, failure), None)
@@ -260,11 +260,13 @@ class _Lives:
         result = self._train(birth, proposal, attempt=0)
         attempt = 0
         while attempt < self.plan.max_repairs and _is_curable(result):
-            asked = replace(request, guidance=self.steering.guidance(birth, attempt + 1))
+            asked = self.steering.heard(request, birth, attempt + 1)
             try:
                 proposal = self.drafts.mend(birth, asked, proposal, result, attempt + 1)
-            except EditFailed:
+            except EditFailed as failure:
+                self.steering.tell_of_failure(birth, failure)
                 break
+            self.steering.pass_on_requests(birth, proposal)
             attempt += 1
             result = self._train(birth, proposal, attempt)
         child = self.archive.judged(child_of(birth, proposal), result, attempts=attempt + 1)
@@ -333,7 +335,7 @@ class _Lives:
             try:
                 people.wait_while_paused()
                 with people.turns.taken():
-                    self._stop_at_the_cap()
+                    people.stop_at_the_cap()
                     return None if failures else task()
             except BaseException as failure:
                 failures.append(failure)
@@ -380,11 +382,6 @@ class _Lives:
     def _ordinal(self) -> int:
         self._n_born += 1
         return self._n_born - 1
-
-    def _stop_at_the_cap(self) -> None:
-        hours = self.parts.people.caps.get("max_hours")
-        if hours is not None and time.monotonic() - self._began > hours * 3600:
-            raise Stopped(f"max_hours={hours:g} is reached")
 
 
 def _is_curable(result: JobResult) -> bool:

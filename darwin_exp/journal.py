@@ -31,7 +31,7 @@ FILE_NAME = "journal.sqlite"
 INCOMPARABLE_KINDS = frozenset(
     {
         *("session", "end", "timing", "retimed", "llm_reserved", "llm_failed"),
-        *("inbox", "review", "paused", "effect", "withdrawn", "budget"),
+        *("inbox", "review", "paused", "effect", "withdrawn", "budget", "postponed"),
     }
 )
 _NETWORK_FILE_SYSTEMS = frozenset(

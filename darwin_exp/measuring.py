@@ -111,6 +111,26 @@ class Measuring:
         )
         return smoke_objection(self.trials.run(trial))
 
+    def try_out(self, genome: Genome, attempt: str) -> None:
+        """Train a few steps of the base, whatever comes of it, under the conditions of now.
+
+        Raises:
+            Broken: nothing can be trained under them.
+        """
+        name = f"{BASE_ID}/smoke-{attempt}"
+        self.trials.run(
+            Trial(
+                name,
+                BASE_ID,
+                Purpose.SMOKE,
+                genome,
+                split=None,
+                folder=f"individuals/{name}",
+                max_steps=3,
+                most_seconds=SMOKE_SECONDS,
+            )
+        )
+
     def _trial(
         self,
         individual_id: str,

@@ -17,7 +17,15 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from darwin_exp.hitl.asked import HARNESS, Decision, Refused, Standing
-from darwin_exp.hitl.inbox import Author, Entry, Inbox, as_json, from_json
+from darwin_exp.hitl.inbox import (
+    Author,
+    Entry,
+    EntryRefused,
+    Inbox,
+    InboxError,
+    as_json,
+    from_json,
+)
 from darwin_exp.hitl.notify import Notifier
 from darwin_exp.hitl.policy import Policy
 from darwin_exp.hitl.requests import (
@@ -32,7 +40,7 @@ from darwin_exp.hitl.requests import (
 )
 from darwin_exp.hitl.wishes import key_and_value
 from darwin_exp.journal import Journal
-from darwin_exp.protocols import Event, Interrupted
+from darwin_exp.protocols import Event, Interrupted, Stopped
 from darwin_exp.turns import Turns
 
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -84,10 +92,18 @@ class People:
         for event in told:
             self._keep(event)
         self._asked: set[tuple[str, str]] = set()  # (request, who) whose asking is settled
+        self._passed_over: set[str] = set()
+        self._read = [] if inbox is None else inbox.entries()
+        self._board = fold(self._read, run_id)
+        self._check_against_what_was_taken()
         # A wish to stop is for the process that runs when it is uttered.
-        self._n_before = 0 if inbox is None else inbox.verify()
+        self._n_before = len(self._read)
+        self._began = time.monotonic()
+        self._configured = dict(self.caps)
         for event in journal.of_kind("budget"):
-            self.caps[event.payload["key"]] = event.payload["value"]
+            self._heed_cap(event)
+        for standing in self._board.waiting:  # a kill may have come before anybody was told
+            self._notifier.tell(standing.request)
 
     @property
     def are_here(self) -> bool:
@@ -115,19 +131,27 @@ class People:
             self._note_budgets(event, board)
         return board
 
+    def hear_caps(self) -> None:
+        """Hear of the caps that people have set while no process worked at the run.
+
+        Whatever else they said is heard where the run has got to, not before.
+        """
+        if self.are_here:
+            earlier = [e for e in self._journal.of_kind("inbox") if e.key.startswith("session-")]
+            self.take(f"session-{len(earlier)}")
+
     def is_told_to_stop(self, board: Board) -> bool:
         """Tell whether somebody wants this process to stop after the generation."""
-        return any(entry.sequence > self._n_before for entry in board.stops)
+        return self.are_here and any(entry.sequence > self._n_before for entry in board.stops)
 
     def _what_is_new(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         if self._inbox is None:
             return {"upto": max(self._taken, default=0), "entries": []}, {}
         self._expire_overdue()
-        if self._asked:
-            self._live()
-        new = self._inbox.entries(after=max(self._taken, default=0))
-        upto = max((*self._taken, *(entry.sequence for entry in new)), default=0)
-        return {"upto": upto, "entries": [as_json(entry) for entry in new]}, {}
+        self._live()
+        known = max(self._taken, default=0)
+        new = self._read[known:]
+        return {"upto": len(self._read), "entries": [as_json(entry) for entry in new]}, {}
 
     def _keep(self, event: Event) -> None:
         for told in event.payload["entries"]:
@@ -139,32 +163,63 @@ class People:
         return fold(in_order, None if self._inbox is None else self._run_id)
 
     def _live(self) -> Board:
-        """Return what the inbox says at this moment, for whoever waits."""
+        """Return what the inbox says at this moment, for whoever waits.
+
+        Raises:
+            InboxError: it is damaged, or no longer holds what was read before.
+        """
         assert self._inbox is not None
-        board = fold(self._inbox.entries(), self._run_id)
-        self._show_waiting(len(board.waiting))
-        return board
+        with self._mutex:
+            if new := self._inbox.more(self._read):
+                self._read += new
+                self._board = fold(self._read, self._run_id)
+                self._show_waiting(len(self._board.waiting))
+            return self._board
+
+    def _check_against_what_was_taken(self) -> None:
+        """Make sure that the inbox still holds what the run went by.
+
+        Raises:
+            InboxError: it does not: what people said since would be read in the wrong place.
+        """
+        if self._inbox is None:
+            return
+        for n, entry in sorted(self._taken.items()):
+            if n > len(self._read) or self._read[n - 1].hash != entry.hash:
+                raise InboxError(
+                    f"{self._inbox.path}: the run took entry {n}, which is gone or another one "
+                    "now; restore the newest copy of the file"
+                )
 
     def _note_budgets(self, event: Event, board: Board) -> None:
         """Write down the caps that an event's entries have changed: whoever spends hears of it."""
+        refused = {refusal.entry.sequence for refusal in board.refused}
         for told in event.payload["entries"]:
-            payload = told["payload"]
-            if told["kind"] == "budget" and board.budgets.get(payload.get("key")) is not None:
-                self._set_cap(told["sequence"], payload["key"], payload["value"])
+            payload, sequence = told["payload"], told["sequence"]
+            if sequence in refused:
+                continue
+            if told["kind"] == "budget":
+                self._set_cap(sequence, payload["key"], payload["value"])
             elif told["kind"] == "answered":
-                one = board.requests.get(str(payload.get("request_id")))
-                if one and one.request.type is RequestType.BUDGET and one.granted_content:
+                one = board.requests[payload["request_id"]]
+                if one.request.type is RequestType.BUDGET and one.granted_content:
                     try:
                         key, value = key_and_value(RequestType.BUDGET, one.granted_content)
                         check_budget(key, value)
                     except Refused as refusal:
                         self._announce(f"request {one.request.request_id}: {refusal}")
                         continue
-                    self._set_cap(told["sequence"], key, value)
+                    self._set_cap(sequence, key, value)
 
     def _set_cap(self, sequence: int, key: str, value: float) -> None:
-        self._journal.once("budget", str(sequence), lambda: ({"key": key, "value": value}, {}))
-        self.caps[key] = value
+        if self._journal.find("budget", str(sequence)) is None:  # or there may be a newer one
+            told = {"key": key, "value": value, "configured": self._configured.get(key)}
+            self._heed_cap(self._journal.once("budget", str(sequence), lambda: (told, {})))
+
+    def _heed_cap(self, event: Event) -> None:
+        key = event.payload["key"]
+        if event.payload["configured"] == self._configured.get(key):  # or that is newer
+            self.caps[key] = event.payload["value"]
 
     # --- asking ----------------------------------------------------------------------------------
 
@@ -229,8 +284,15 @@ class People:
         with self._mutex:
             if key in self._asked:
                 return False
-            known = request.request_id in self._live().requests
-            ask(self._inbox, request)
+            before = self._live()
+            known = request.request_id in before.requests
+            if not known and self._has_asked_too_much(request, before):
+                return False
+            try:
+                ask(self._inbox, request)
+            except EntryRefused as refusal:
+                self._announce(f"{request.asked_by} asks what cannot be kept: {refusal}")
+                return False
             standing = self._live().requests[request.request_id]
             decision = self._policy.decides(request)
             if decision is not None and standing.waits:
@@ -244,6 +306,23 @@ class People:
                 f"-m darwin_exp.hitl --run {self._run_id} show {request.request_id}"
             )
         return standing.waits
+
+    def _has_asked_too_much(self, request: Request, board: Board) -> bool:
+        """Tell whether an agent, or all of them, have as much waiting as people can bear."""
+        asker = request.asked_by
+        if asker == HARNESS:
+            return False
+        waiting = [one for one in board.waiting if HARNESS not in one.askers]
+        own = sum(asker in one.askers for one in waiting)
+        if own < self._policy.most_waiting_each and len(waiting) < self._policy.most_waiting:
+            return False
+        if asker not in self._passed_over:
+            self._passed_over.add(asker)
+            self._announce(
+                f"{asker} asks for more while {own} of its requests wait: passed over "
+                "(hitl.most_waiting_each, hitl.most_waiting)"
+            )
+        return True
 
     def _answer_by_rule(self, standing: Standing, decision: Decision) -> None:
         assert self._inbox is not None
@@ -286,7 +365,19 @@ class People:
                 n = len(self._journal.of_kind("paused"))
                 self._journal.append("paused", str(n), {}, {"seconds": time.monotonic() - began})
 
+    def stop_at_the_cap(self) -> None:
+        """Raise Stopped once this process has worked for as many hours as it may."""
+        hours = self.caps.get("max_hours")
+        if hours is not None and self.hours > hours:
+            raise Stopped(f"max_hours={hours:g} is reached")
+
+    @property
+    def hours(self) -> float:
+        """For which this process has worked at the run, waiting and pauses included."""
+        return (time.monotonic() - self._began) / 3600
+
     def _rest(self) -> None:
+        self.stop_at_the_cap()
         if self._stopping.is_set() or self._hurry.wait(SECONDS_BETWEEN_LOOKS):
             raise Interrupted
 
@@ -302,7 +393,8 @@ class People:
 def _canonical(content: str) -> str:
     """Return a content with JSON written in one way, so that the same wish is the same request."""
     try:
-        told = json.loads(content)
+        text = json.dumps(json.loads(content), indent=2, sort_keys=True, ensure_ascii=False)
     except (ValueError, RecursionError):
-        return content.strip() + "\n"
-    return json.dumps(told, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        text = content.strip()
+    # An escape may stand for half of a surrogate pair, which is no text.
+    return text.encode("utf-8", "replace").decode() + "\n"

@@ -6,6 +6,7 @@ Writes: nothing; what it builds does.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import fields
@@ -27,6 +28,7 @@ from darwin_exp.schema import DarwinConfig
 from darwin_exp.turns import Turns
 
 Announce = Callable[[str], None]
+_FROM_ENVIRONMENT = "env:"
 
 
 def check(config: DarwinConfig) -> None:
@@ -127,13 +129,22 @@ def _policy(config: DarwinConfig) -> Policy:
     told = config.hitl.policy
     ways: dict[str, Any] = {entry.name: getattr(told, entry.name).value for entry in fields(told)}
     try:
-        return Policy.of(ways, config.hitl.block, config.hitl.deadline_seconds)
+        hitl = config.hitl
+        return Policy.of(
+            ways, hitl.block, hitl.deadline_seconds, hitl.most_waiting_each, hitl.most_waiting
+        )
     except PolicyError as error:
         raise ConfigError(str(error)) from error
 
 
 def _notifier(config: DarwinConfig, problem: Announce) -> Notifier:
+    url = config.hitl.notify_url
+    if url.startswith(_FROM_ENVIRONMENT):  # an address may hold a secret, and keys are recorded
+        name = url.removeprefix(_FROM_ENVIRONMENT)
+        url = os.environ.get(name, "")
+        if not url:
+            raise ConfigError(f"hitl.notify_url: the environment variable {name} is not set")
     try:
-        return Notifier(config.hitl.notify_command, config.hitl.notify_url, problem)
+        return Notifier(config.hitl.notify_command, url, problem)
     except NotifyError as error:
         raise ConfigError(str(error)) from error

@@ -111,7 +111,9 @@ class EditRequest:
         attempt: 0 for the first training, 1 for the first repair, and so on.
         base: what everything is compared with; None before it was measured.
         noise: standard deviation of the base's repeated fitness; None until it is known.
-        guidance: what people have to say to this editor, the oldest first.
+        guidance: what people have to say to this editor, in their own words, the oldest first.
+        came_of_requests: what became of what this editor asked people for, and what is in force
+            for everybody; agents' words may be among it.
     """
 
     parent: Individual
@@ -126,6 +128,7 @@ class EditRequest:
     base: Individual | None = None
     noise: float | None = None
     guidance: tuple[str, ...] = ()
+    came_of_requests: tuple[str, ...] = ()
 
 
 class Mutator(Protocol):

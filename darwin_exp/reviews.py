@@ -12,7 +12,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from darwin_exp.hitl.asked import GRANTED, Refused, RequestType, Standing, State, edit_content
+from darwin_exp.hitl.asked import (
+    GRANTED,
+    Refused,
+    Request,
+    RequestType,
+    Standing,
+    State,
+    edit_content,
+)
 from darwin_exp.hitl.flags import why_flagged
 from darwin_exp.hitl.patches import applied, split
 from darwin_exp.individual import Genome, Individual
@@ -21,7 +29,6 @@ from darwin_exp.people import People
 
 ALL, FLAGGED, CHAMPION, NONE = "all", "flagged", "champion", "none"
 ORDINARY_LINES = 80  # added and removed together
-CHAMPION_LINE = "to be the champion of the run\n"
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,14 @@ class Reviews:
         generation = int(closing.rpartition("g")[2])
         why = "it would be the run's champion; this is all that it changes in the base's code"
         found = self._review(
-            key, selected.individual_id, base, selected.genome, generation, why, was_measured=True
+            key,
+            selected.individual_id,
+            base,
+            selected.genome,
+            generation,
+            why,
+            # Leave to be trained is no leave to be claimed, though the patch may be the same.
+            head=f"to be the champion of the run, {closing}\n",
         )
         return not found.refusal
 
@@ -114,14 +128,18 @@ class Reviews:
         genome: Genome,
         generation: int,
         why: str,
-        was_measured: bool = False,
+        head: str = "",
     ) -> Review:
+        """Return what people say.
+
+        Args:
+            head: what else is approved, of a rewrite that was measured already.
+        """
         people = self._people
         request = people.request(
             RequestType.EDIT,
             why,
-            # Leave to be trained is no leave to be claimed, though the patch may be the same.
-            (CHAMPION_LINE if was_measured else "")
+            head
             + edit_content(
                 individual_id, parent.individual_id, genome.id, genome.patch_from(parent.genome)
             ),
@@ -136,7 +154,7 @@ class Reviews:
                 "waited_seconds": time.monotonic() - began,
                 "idle_seconds": people.turns.drain_idle_seconds(),
             }
-            found = _verdict(standing, parent.genome, genome, was_measured)
+            found = _verdict(standing, request, parent.genome, genome, bool(head))
             return {**found, "request_id": request.request_id, "why": why}, times
 
         told = self._journal.once(
@@ -151,11 +169,14 @@ class Reviews:
 
 
 def _verdict(
-    standing: Standing, parent: Genome, genome: Genome, was_measured: bool
+    standing: Standing, request: Request, parent: Genome, genome: Genome, was_measured: bool
 ) -> dict[str, Any]:
     """Return what a settled review comes to, as the journal keeps it."""
-    by = standing.history[-1].author.name
+    answers = [entry for entry in standing.history if entry.kind == "answered"]
+    by = (answers or standing.history)[-1].author.name
     told: dict[str, Any] = {"note": standing.note, "by": by, "verdict": "approved"}
+    if standing.request.content != request.content:
+        return {**told, "verdict": "denied", "by": "", "note": "another request bears its id"}
     if standing.state is State.EXPIRED:
         return {**told, "verdict": "expired", "note": "nobody answered in time, which means no"}
     if standing.state not in GRANTED:

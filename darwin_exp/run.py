@@ -40,8 +40,10 @@ from darwin_exp.individual import Genome
 from darwin_exp.journal import Divergence, Journal, JournalError
 from darwin_exp.measuring import BaseFailed
 from darwin_exp.parts import Workshop, folder
+from darwin_exp.people import People
 from darwin_exp.protocols import Event, Interrupted, ModelsUnavailable, Mutator, Stopped, Tracker
 from darwin_exp.report import write_from
+from darwin_exp.reviews import Reviews
 from darwin_exp.run_folder import (
     find_run,
     journal_of,
@@ -165,6 +167,11 @@ def _refuse_other_environment(run_folder: Path, begun: Event, workshop: Workshop
 def _refuse_shorter(wanted: DarwinConfig, journal: Journal) -> None:
     """Refuse fewer generations than were begun: their individuals would be there and not count."""
     begun = [int(event.key[1 : event.key.index("-")]) for event in journal.of_kind("proposal")]
+    begun += [
+        event.payload["generation"]
+        for kind in ("effect", "environment", "environment_abandoned")
+        for event in journal.of_kind(kind)
+    ]
     if wanted.n_generations < max(begun, default=0):
         raise ConfigError(
             f"n_generations={wanted.n_generations}: generation {max(begun)} has begun; choose "
@@ -294,17 +301,11 @@ class _Session:
         memory = workshop_of.build_memory(config, self.run_folder.name, self.journal)
         executor = workshop_of.build_executor(workshop, self.watch.slot)
         trials = Trials(bench, executor, self.journal)
-        recorded = workshop.recording
-        people, reviews = people_access.build_people(
-            config,
-            self.run_folder,
-            self.journal,
-            executor.n_slots,
-            trials.stopping,
-            self.watch.note,
-            self.watch.people_wait,
-            None if recorded is None else recorded.decisions,
-        )
+        try:
+            people, reviews = self._people(trials, executor.n_slots)
+        except InboxError:
+            trials.stop()
+            raise
         runs, data = folder(config.paths.runs), folder(config.paths.data)
         try:
             parts = Parts(
@@ -341,6 +342,19 @@ class _Session:
                 people.close()
             for problem in memory.problems:
                 self.watch.note(f"memory: {problem}")
+
+    def _people(self, trials: Trials, n_slots: int) -> tuple[People, Reviews]:
+        recorded = self.workshop.recording
+        return people_access.build_people(
+            self.config,
+            self.run_folder,
+            self.journal,
+            n_slots,
+            trials.stopping,
+            self.watch.note,
+            self.watch.people_wait,
+            None if recorded is None else recorded.decisions,
+        )
 
     def _mutator(self, stopping: threading.Event) -> Mutator:
         config, workshop = self.config, self.workshop

@@ -336,12 +336,16 @@ class HitlConfig:
     policy: HitlPolicyConfig = field(default_factory=HitlPolicyConfig)
     block: bool = _key(False, "wait for an answer to whatever is asked, until the deadline", True)
     deadline_seconds: float | None = _key(None, "silence for so long means no; null waits", True)
+    most_waiting_each: int = _key(3, "requests of one agent that may wait at once", True)
+    most_waiting: int = _key(100, "the same for all agents together", True)
     dataset_sources: list[str] = _key(
         ["textdir", "stdlib", "shakespeare"], "sources of extra text that may be approved", True
     )
     stuck_generations: int | None = _key(3, "ask people after so many without a gain", True)
     notify_command: str = _key("", "run when something waits; gets JSON on standard input", True)
-    notify_url: str = _key("", "address that gets a POST of that JSON", True)
+    notify_url: str = _key(
+        "", "address that gets a POST of that JSON, or env:NAME of a variable that holds it", True
+    )
 
 
 @dataclass

@@ -7,19 +7,19 @@ Never: chooses among individuals by itself: where nobody has said anything, noth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from darwin_exp.archive import Archive, fitness_or_least
 from darwin_exp.asking import Question, nearly_spent, outside_the_tree, quarantined, stuck
 from darwin_exp.births import Birth, Commission, commissioned
 from darwin_exp.effects import Carried, Effects
-from darwin_exp.individual import Individual, Proposal, Reason
+from darwin_exp.individual import Individual, JobResult, Proposal, Reason
 from darwin_exp.journal import Journal
 from darwin_exp.measuring import BaseFailed, Measuring
 from darwin_exp.people import People
-from darwin_exp.protocols import EditFailed, Stopped
-from darwin_exp.trials import Trials
+from darwin_exp.protocols import EditFailed, EditRequest, Stopped
+from darwin_exp.trials import Broken, Trials
 
 
 @dataclass
@@ -41,8 +41,8 @@ class Steering:
     n_offspring: int
     n_base_repeats: int
     stuck_generations: int | None
-    _pinned: frozenset[str] = frozenset()
-    _commissions: tuple[Commission, ...] = ()
+    _pinned: frozenset[str] = field(default=frozenset(), init=False)
+    _commissions: tuple[Commission, ...] = field(default=(), init=False)
 
     # --- a generation ----------------------------------------------------------------------------
 
@@ -50,20 +50,18 @@ class Steering:
         self,
         generation: int,
         population: Sequence[Individual],
-        has_begun: Callable[[int], bool],
-        hours: float,
+        has_begun: bool,
     ) -> list[Individual]:
         """Let what people have said take effect, and return those who live on.
 
         Args:
-            has_begun: whether something of a generation was done before this process.
-            hours: for which this process has worked at the run.
+            has_begun: whether something of the generation was done before this process.
 
         Raises:
             Stopped: a person wants the run to stop before this generation.
         """
         board = self.people.take(f"g{generation:02d}")
-        if self.people.is_told_to_stop(board) and not has_begun(generation):
+        if self.people.is_told_to_stop(board) and not has_begun:
             raise Stopped(f"a person wanted it after generation {generation - 1}")
         everyone, base = self.archive.everyone(), self.archive.base
         assert base is not None
@@ -73,7 +71,8 @@ class Steering:
         if carried.conditions != self.trials.conditions:
             living = self._change_conditions(generation, carried, living)
         self._commissions, self._pinned = carried.commissions, frozenset(board.pins)
-        self._ask_for_help(generation, hours)
+        if not has_begun:
+            self._ask_for_help(generation)
         return living
 
     def with_pinned(
@@ -125,23 +124,37 @@ class Steering:
         told = {"changed": carried.conditions.changed}
         old = archive.base
         assert old is not None
-        self.effects.verify(carried.conditions)
-        trials.enter(index, carried.conditions)
-        try:
-            result, *beside = self.measuring.train_base(old.genome, self.n_base_repeats)
-        except BaseFailed as failure:
-            why = str(failure).partition("\n")[0]
-            abandoned = {**told, "message": why}
-            self.journal.once(kinds[1], str(index), lambda: (abandoned, {}), given=given)
-            self.effects.withdraw_those_of(generation, f"nothing trains there: {why}")
-            trials.enter(*before)
+        found: list[JobResult] = []
+        if self.journal.find(kinds[1], str(index)) is None:
+            if self.people.are_here:  # where a recorded run is replayed nothing is trained
+                self.effects.verify(carried.conditions)
+            trials.enter(index, carried.conditions)
+            try:
+                self.measuring.try_out(old.genome, f"e{index}")
+                found = self.measuring.train_base(old.genome, self.n_base_repeats)
+                base = archive.judged(old, found[0], attempts=1, is_new_base=True)
+                if base.fitness is None:
+                    raise BaseFailed("the base has no fitness there")
+            except (BaseFailed, Broken) as failure:
+                if trials.stopping.is_set():
+                    raise
+                found = []
+                why = str(failure).partition("\n")[0]
+                trials.enter(*before)
+                self.measuring.try_out(old.genome, f"before-e{index}")  # or it is all of us
+                abandoned = {**told, "message": why}
+                self.journal.once(kinds[1], str(index), lambda: (abandoned, {}), given=given)
+        if not found:
+            event = self.journal.find(kinds[1], str(index))
+            why = event.payload["message"] if event else ""
+            if not self.effects.withdraw_those_of(generation, f"nothing trains there: {why}"):
+                raise Broken(f"what was revoked cannot be done without: {why}; start a new run")
             return list(living)
         because = {"because": list(carried.because)}
         self.journal.once(kinds[0], str(index), lambda: (told, because), given=given)
-        base = archive.judged(old, result, attempts=1, is_new_base=True)
         archive.enter(index)
-        archive.record_again(base, result)
-        self.measuring.compare_with(base, beside)
+        archive.record_again(base, found[0])
+        self.measuring.compare_with(base, found[1:])
         others = [one for one in living if one is not old]
         measured = self.measuring.at_once(
             [lambda one=one: self.measuring.again(one) for one in others]  # type: ignore[misc]
@@ -153,11 +166,18 @@ class Steering:
 
     # --- one individual --------------------------------------------------------------------------
 
-    def guidance(self, birth: Birth, attempt: int) -> tuple[str, ...]:
-        """Return what people have to say to whoever makes (attempt 0) or mends a rewrite."""
+    def heard(self, request: EditRequest, birth: Birth, attempt: int) -> EditRequest:
+        """Return a request with what people have said to whoever makes (0) or mends a rewrite."""
         board = self.people.take(f"{birth.individual_id}/{attempt}")
-        agents = {birth.editor.individual_id, birth.parent.individual_id}
-        return (*board.told_to(agents), *self.effects.told_to(agents, birth.generation))
+        editor, parent = birth.editor.individual_id, birth.parent.individual_id
+        return replace(
+            request,
+            guidance=board.told_to({editor, parent}),
+            came_of_requests=(
+                *board.came_of({editor}),
+                *self.effects.came_of({editor}, birth.generation),
+            ),
+        )
 
     def pass_on_requests(self, birth: Birth, proposal: Proposal | None) -> None:
         """Ask people what the editor of a rewrite asks them."""
@@ -175,11 +195,11 @@ class Steering:
         """Let people know of an individual that was set apart."""
         self._ask(individual.generation, quarantined(individual))
 
-    def _ask_for_help(self, generation: int, hours: float) -> None:
+    def _ask_for_help(self, generation: int) -> None:
         """Ask people where a cap or the search itself comes to its end."""
         everyone = self.archive.everyone().values()
         best = max(everyone, key=fitness_or_least).individual_id
-        asked = nearly_spent(self.journal.events(), self.people.caps, hours)
+        asked = nearly_spent(self.journal.events(), self.people.caps, self.people.hours)
         asked += stuck(self.archive.comparable_bests, self.stuck_generations, best)
         self._ask(generation, asked)
 

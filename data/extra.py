@@ -100,7 +100,7 @@ def prepare_extra(
         meta = read_meta(main)
         verify(meta.spec(main))
         approved = Approved(source, path, most_mb, (*forbidden, main, root / "prepared"))
-        announce(f"data: reading extra text, {source} {path}")
+        announce(f"data: reading extra text, {source} {path!r}")
         text, facts = read_approved(approved, root / "cache", announce)
         tokenizer = _tokenizer_of(main, meta, root / "cache", announce)
         readable, left_out = _within_vocabulary(text, meta)

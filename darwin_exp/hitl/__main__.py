@@ -83,7 +83,7 @@ class _Desk:
     def surroundings(self, standing: Standing) -> Surroundings:
         """Return what a request is judged against, as far as the run has recorded it."""
         with suppress(JournalError, ValueError):  # there is none, or the run has not begun
-            return Surroundings.of(Chronicle.read(self.run_folder), standing.request.asked_by)
+            return Surroundings.of(Chronicle.read(self.run_folder), standing.askers)
         return Surroundings()
 
     def show(self, standing: Standing) -> None:

@@ -200,6 +200,12 @@ class Standing:
         return self.history[0].written_at
 
     @property
+    def last_words(self) -> Entry | None:
+        """Return the last entry in which a person added a word of their own."""
+        said = (e for e in reversed(self.history) if e.author.door != "run")
+        return next((entry for entry in said if entry.payload.get("note")), None)
+
+    @property
     def note(self) -> str:
         """Return the last thing that a person said of it, which may be nothing."""
         notes = [str(entry.payload.get("note") or "") for entry in self.history]

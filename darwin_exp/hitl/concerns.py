@@ -1,17 +1,18 @@
 """Concerns: what would be refused once it is carried out, told before a person approves it.
 
-Reads: the content of a request, and the code of whoever asked.
+Reads: the content of a request, the code of whoever asked, and who lives.
 Never: decides: the run reads what was approved by the same rules, and strictly (G3, G4).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from darwin_exp.chronicle import Chronicle
+from darwin_exp.chronicle import Agent, Chronicle
 from darwin_exp.genome import Genome
 from darwin_exp.hitl.asked import Refused, Request, RequestType, Standing
 from darwin_exp.hitl.outcomes import Outcomes
@@ -28,34 +29,60 @@ class Surroundings:
     """What a request is judged against, as far as it is known.
 
     Attributes:
-        genome: the code of whoever asked; None where nobody did, or where it is not known yet.
+        genome: the code that approved files would join: of whoever asked, or of the fittest that
+            descends from it; None where nobody asked, or where it is not known yet.
         sources: the ways of getting text that the configuration allows; None where it is unknown.
+        is_line_dead: whether neither who asked nor any descendant lives any longer.
     """
 
     genome: Genome | None = None
     sources: Collection[str] | None = None
+    is_line_dead: bool = False
 
     @classmethod
-    def of(cls, chronicle: Chronicle | None, asked_by: str) -> Surroundings:
-        """Find them in what the run has recorded."""
+    def of(cls, chronicle: Chronicle | None, askers: Sequence[str]) -> Surroundings:
+        """Find them in what the run has recorded.
+
+        Args:
+            askers: all who asked, in their order.
+        """
         if chronicle is None:
             return cls()
+        heir, is_line_dead = _heir(chronicle, askers)
         try:
-            genome = chronicle.genome_of(asked_by)
+            genome = None if heir is None else chronicle.genome_of(heir)
         except KeyError:
             genome = None
-        return cls(genome, chronicle.config.get(SOURCES_KEY))
+        return cls(genome, chronicle.config.get(SOURCES_KEY), is_line_dead)
+
+
+@dataclass(frozen=True)
+class Concern:
+    """What a person should know of a request that is still to be carried out.
+
+    Attributes:
+        refusal: why it would be refused; empty where it would not.
+        remark: what it would do that its content does not say.
+    """
+
+    refusal: str = ""
+    remark: str = ""
+
+
+NO_CONCERN = Concern()
 
 
 def concern_about(
     standing: Standing, outcomes: Outcomes, surroundings: Callable[[], Surroundings]
-) -> str:
-    """Return what would keep a request from being carried out, where that is still to come."""
+) -> Concern:
+    """Return what is to be known of a request, where it is still to be carried out."""
     came = outcomes.of_request(standing)
     if came is not None and (came.tone != "waiting" or standing.granted_content is None):
-        return ""
-    content = standing.granted_content or standing.request.content
-    return concern(standing.request, content, surroundings())
+        return NO_CONCERN
+    content, known = standing.granted_content or standing.request.content, surroundings()
+    if refusal := concern(standing.request, content, known):
+        return Concern(refusal)
+    return Concern(remark=_remark(standing.request, content, known))
 
 
 def concern(request: Request, content: str, known: Surroundings) -> str:
@@ -79,7 +106,7 @@ def check_replacement(request: Request, content: str, known: Surroundings) -> No
     """
     if request.type is RequestType.EDIT:
         check_change(content, request.content)
-    # Whose code it will be is not certain: the asker's, or the fittest's where that one is dead.
+    # Whose code it will be is not certain: the asker's, or a descendant's that is yet to be born.
     elif why := concern(request, content, replace(known, genome=None)):
         raise Refused(f"it could not be carried out: {why}")
 
@@ -90,6 +117,8 @@ def _carry_out(request: Request, content: str, known: Surroundings) -> None:
             _check_dataset(content, known.sources)
         case RequestType.SCRIPT | RequestType.FILE_STRUCTURE:
             wish = TreeWish.read(request.type, content)
+            if known.is_line_dead:
+                raise Refused("neither who asked for it nor any descendant lives")
             if known.genome is not None:
                 wish.changes(known.genome)
             else:
@@ -100,6 +129,50 @@ def _carry_out(request: Request, content: str, known: Surroundings) -> None:
             Setting.read(content)
         case RequestType.BUDGET:
             check_budget(*key_and_value(request.type, content))
+
+
+def _remark(request: Request, content: str, known: Surroundings) -> str:
+    """Return which files of the code a restructuring would replace: its content names all alike."""
+    if request.type is not RequestType.FILE_STRUCTURE or known.genome is None:
+        return ""
+    there = known.genome.as_dict
+    files = TreeWish.read(request.type, content).files
+    replaced = [repr(path) for path, text in sorted(files.items()) if there.get(path, text) != text]
+    if not replaced:
+        return ""
+    return f"it replaces all of {', '.join(replaced)} in the code of whoever asked"
+
+
+def _heir(chronicle: Chronicle, askers: Sequence[str]) -> tuple[str | None, bool]:
+    """Return whose code approved files would join by now, and whether that line is dead.
+
+    Whoever will live descends from those who lived when the last generation was closed.
+    """
+    last = max(
+        chronicle.of_kind("generation"), key=lambda one: one.payload["generation"], default=None
+    )
+    if last is None:
+        return next(iter(askers), None), False
+    living = [chronicle.agent(name) for name in last.payload["population"]]
+    for asker in askers:
+        line = _descendants(chronicle, asker)
+        heirs = [one for one in living if one is not None and one.individual_id in line]
+        if heirs:
+            fittest = max(heirs, key=lambda one: (one.individual_id == asker, _fitness(one)))
+            return fittest.individual_id, False
+    return None, bool(askers)
+
+
+def _descendants(chronicle: Chronicle, name: str) -> set[str]:
+    found = {name}
+    for one in sorted(chronicle.agents, key=lambda one: (one.generation, one.slot)):
+        if found & set(one.parent_ids):
+            found.add(one.individual_id)
+    return found
+
+
+def _fitness(agent: Agent) -> float:
+    return -math.inf if agent.fitness is None else agent.fitness
 
 
 def _check_dataset(content: str, sources: Collection[str] | None) -> None:

@@ -19,7 +19,7 @@ import pwd
 import sqlite3
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,6 +45,10 @@ Door = Literal["terminal", "web", "run"]
 
 class InboxError(Exception):
     """The inbox cannot be used, or does not take this entry; the message says what to do."""
+
+
+class EntryRefused(InboxError):
+    """This entry cannot be kept as it is; others can."""
 
 
 @dataclass(frozen=True)
@@ -107,14 +111,24 @@ class Inbox:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, kind: str, payload: Mapping[str, Any], author: Author) -> Entry:
+    def append(
+        self,
+        kind: str,
+        payload: Mapping[str, Any],
+        author: Author,
+        guard: Callable[[Sequence[Entry]], None] = lambda _: None,
+    ) -> Entry:
         """Write one entry and return it once it is on disk.
 
+        Args:
+            guard: is told all entries before it, and raises what speaks against writing it. Nobody
+                else can write in between.
+
         Raises:
-            InboxError: the kind is unknown, the payload is no JSON object or too large, the
-                inbox is damaged, or the disk refused.
+            EntryRefused: the kind is unknown, or the payload is no JSON object or too large.
+            InboxError: the inbox is damaged, or the disk refused.
         """
-        return self.append_unless(lambda _: False, kind, payload, author)
+        return self.append_unless(lambda _: False, kind, payload, author, guard)
 
     def append_unless(
         self,
@@ -122,6 +136,7 @@ class Inbox:
         kind: str,
         payload: Mapping[str, Any],
         author: Author,
+        guard: Callable[[Sequence[Entry]], None] = lambda _: None,
     ) -> Entry:
         """Return the first entry that `is_it` recognises, or else write one and return that.
 
@@ -144,6 +159,7 @@ class Inbox:
                 for entry in before:
                     if is_it(entry):
                         return entry  # closing the file gives the transaction up
+                guard(before)
                 entry = _next(before[-1] if before else None, kind, text, author)
                 database.execute(
                     f"INSERT INTO entries ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -178,6 +194,30 @@ class Inbox:
         except sqlite3.Error as error:
             raise InboxError(f"{self.path}: {error}; restore it from a copy") from error
         return [entry for entry in found if entry.sequence > after]
+
+    def more(self, known: Sequence[Entry]) -> list[Entry]:
+        """Return the entries that follow those that were read before, all of them verified.
+
+        Raises:
+            InboxError: what was read before is gone or is another one now, or an entry after it is
+                damaged; the message gives its number.
+        """
+        if not known:
+            return self.entries()
+        last = known[-1]
+        gone = (
+            f"{self.path}: entry {last.sequence} was read before, and is gone or another one now; "
+            "restore the newest copy of the file"
+        )
+        if not self.path.is_file():
+            raise InboxError(gone)
+        try:
+            with closing(self._open("mode=ro")) as database:
+                if not _has_table(database) or not _holds(database, last):
+                    raise InboxError(gone)
+                return list(_read(database, self.path, last))
+        except sqlite3.Error as error:
+            raise InboxError(f"{self.path}: {error}; restore it from a copy") from error
 
     def verify(self) -> int:
         """Return how many entries there are, after checking that the chain holds.
@@ -246,15 +286,15 @@ def canonical(value: Mapping[str, Any]) -> str:
 
 def _checked(kind: str, payload: Mapping[str, Any]) -> str:
     if kind not in KINDS:
-        raise InboxError(f"an entry's kind is one of {', '.join(sorted(KINDS))}, not {kind!r}")
+        raise EntryRefused(f"an entry's kind is one of {', '.join(sorted(KINDS))}, not {kind!r}")
     if not isinstance(payload, Mapping):
-        raise InboxError("an entry's payload is a JSON object")
+        raise EntryRefused("an entry's payload is a JSON object")
     try:
         text = canonical(dict(payload))
     except (TypeError, ValueError, RecursionError) as error:
-        raise InboxError(f"an entry's payload must be plain JSON: {error}") from error
+        raise EntryRefused(f"an entry's payload must be plain JSON: {error}") from error
     if (size := len(text.encode())) > MOST_PAYLOAD_BYTES:
-        raise InboxError(
+        raise EntryRefused(
             f"{size:,} bytes are too many for one entry; {MOST_PAYLOAD_BYTES:,} may do"
         )
     return text
@@ -272,17 +312,27 @@ def _has_table(database: sqlite3.Connection) -> bool:
     return found is not None
 
 
-def _read(database: sqlite3.Connection, path: Path) -> Iterator[Entry]:
+def _holds(database: sqlite3.Connection, entry: Entry) -> bool:
+    found = database.execute(
+        "SELECT hash FROM entries WHERE sequence = ?", (entry.sequence,)
+    ).fetchone()
+    return found is not None and found[0] == entry.hash
+
+
+def _read(database: sqlite3.Connection, path: Path, last: Entry | None = None) -> Iterator[Entry]:
     """Yield every entry, verifying the chain of hashes.
+
+    Args:
+        last: what was read before; what follows must be chained to it.
 
     Raises:
         InboxError: an entry is missing or was changed.
     """
-    before = _FIRST_HASH
+    before, first = (_FIRST_HASH, 1) if last is None else (last.hash, last.sequence + 1)
     rows: Iterable[tuple[Any, ...]] = database.execute(
-        f"SELECT {_COLUMNS} FROM entries ORDER BY sequence"
+        f"SELECT {_COLUMNS} FROM entries WHERE sequence >= ? ORDER BY sequence", (first,)
     )
-    for expected, row in enumerate(rows, start=1):
+    for expected, row in enumerate(rows, start=first):
         sequence, kind, name, door, written_at, text, chained = row
         damage = f"{path}: entry {expected} was changed or is missing; restore it from a copy"
         if sequence != expected:

@@ -2,7 +2,7 @@
 
 Reads: requests.
 Never: blocks a run, fails it, starts a shell, follows a redirect, or sends what was asked for
-itself; only that it waits, why, and where it can be read.
+itself; only that something waits, of what kind, and where it can be read.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ from typing import IO
 from urllib.parse import urlsplit
 
 from darwin_exp.hitl.asked import Request
-from darwin_exp.wording import clean
 
 SECONDS = 10.0  # that a command or a server may take
 MOST_WAITING = 100
-MOST_REASON = 500
 
 
 class NotifyError(ValueError):
@@ -165,7 +163,6 @@ def notice(request: Request) -> bytes:
         "type": request.type.value,
         "asked_by": request.asked_by,
         "generation": request.generation,
-        "reason": clean(request.reason[:MOST_REASON]),
         "read_it": f"python -m darwin_exp.hitl --run {request.run_id} show {request.request_id}",
     }
     return json.dumps(told, sort_keys=True).encode()

@@ -78,7 +78,7 @@ def applied(parent: Genome, patch: str) -> Genome:
     for change in _read(patch):
         if change.old is not None and change.old not in files:
             raise Refused(f"the parent has no file {change.old}")
-        if change.old is None and change.new in files:
+        if change.new != change.old and change.new in files:
             raise Refused(f"{change.new} is there already, and the patch would make it anew")
         text = _patched(files.get(change.old or "", ""), change)
         if change.new is not None:

@@ -34,6 +34,8 @@ class Policy:
         ways: by kind; a kind that is not named is asked.
         block: whether whoever asked waits for the answer.
         deadline_seconds: after which silence means no; None waits for ever without blocking.
+        most_waiting_each: requests of one agent that may wait at once; more are passed over.
+        most_waiting: the same for all agents together.
 
     Raises:
         PolicyError: a kind would pass by rule that a person must decide, or a run would wait
@@ -43,6 +45,8 @@ class Policy:
     ways: Mapping[RequestType, Way] = field(default_factory=dict)
     block: bool = False
     deadline_seconds: float | None = None
+    most_waiting_each: int = 3
+    most_waiting: int = 100
 
     def __post_init__(self) -> None:
         for kind, way in self.ways.items():
@@ -62,7 +66,12 @@ class Policy:
 
     @classmethod
     def of(
-        cls, ways: Mapping[str, str], block: bool = False, deadline_seconds: float | None = None
+        cls,
+        ways: Mapping[str, str],
+        block: bool = False,
+        deadline_seconds: float | None = None,
+        most_waiting_each: int = 3,
+        most_waiting: int = 100,
     ) -> Policy:
         """Return the policy that a configuration describes.
 
@@ -79,7 +88,7 @@ class Policy:
                     f"hitl.policy.{name}={way}: the kinds are {kinds}, and each is ask, deny or "
                     "auto"
                 ) from error
-        return cls(read, block, deadline_seconds)
+        return cls(read, block, deadline_seconds, most_waiting_each, most_waiting)
 
     def way(self, kind: RequestType) -> Way:
         """Return what is done with a kind of request."""

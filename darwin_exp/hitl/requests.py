@@ -11,7 +11,7 @@ the reason, so that an audit can tell it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -106,19 +106,27 @@ class Board:
         raise NoSuchRequest(f"{prefix or 'an empty id'}: no such request; `list` shows them")
 
     def told_to(self, agents: Collection[str]) -> tuple[str, ...]:
-        """Return what people have to say to these agents, for their next prompt, oldest first."""
+        """Return people's own words to these agents, for their next prompt, oldest first."""
         told = [
             (note.entry.sequence, note.text)
             for note in self.guidance
             if note.to == ALL or note.to in agents
         ]
         for one in self.requests.values():
-            if set(one.askers) & set(agents) and one.state is not State.PENDING:
-                asked = f"{one.request.type.value} ({_first_line(one.request.content)})"
-                said = f": {one.note}" if one.note else ""
-                words = f"your request for {asked}: {one.state.value.replace('_', ' ')}{said}"
-                told.append((one.history[-1].sequence, words))
+            if set(one.askers) & set(agents) and (words := one.last_words) is not None:
+                kind = one.request.type.value.replace("_", " ")
+                about = f"on request {one.request.request_id} ({kind})"
+                told.append((words.sequence, f"{about}: {words.payload['note']}"))
         return tuple(text for _, text in sorted(told))
+
+    def came_of(self, agents: Collection[str]) -> tuple[str, ...]:
+        """Return where the requests of these agents stand, without a word of what they said."""
+        return tuple(
+            f"request {one.request.request_id} ({one.request.type.value}): "
+            f"{one.state.value.replace('_', ' ')}"
+            for one in self.requests.values()
+            if set(one.askers) & set(agents)
+        )
 
 
 def fold(entries: Iterable[Entry], run_id: str | None = None) -> Board:
@@ -189,6 +197,8 @@ class _Folding:
         before = self._requests.get(request.request_id)
         if before is None:
             before = Standing(request, State.PENDING, ())
+        elif before.request.content != request.content:
+            raise Refused("another request bears its id; ask for something else")
         self._keep(before, entry)
 
     def _answered(self, entry: Entry) -> None:
@@ -320,6 +330,8 @@ def check_revocation(standing: Standing) -> None:
     """
     if standing.state not in GRANTED:
         raise Refused(f"the request is {standing.state.value}: there is nothing to revoke")
+    if standing.request.type is RequestType.BUDGET:
+        raise Refused("a cap is not revoked but set anew: `budget key=value`")
 
 
 def check_budget(key: str, value: object) -> None:
@@ -353,11 +365,6 @@ def check_words(text: str) -> None:
 def _check_person(entry: Entry) -> None:
     if entry.author.door == "run":
         raise Refused("only a person may say so, by the terminal or the web page")
-
-
-def _first_line(text: str) -> str:
-    line = text.strip().partition("\n")[0]
-    return line if len(line) <= 80 else f"{line[:79]}…"
 
 
 # --- writing ---------------------------------------------------------------------------------
@@ -412,12 +419,18 @@ def answer(
         content: what a change approves instead.
 
     Raises:
-        Refused: it would not count.
+        Refused: it would not count, perhaps because somebody else has answered meanwhile.
         InboxError: it could not be written.
     """
     payload = answer_payload(standing, decision, content_hash, content, note)
     check_answer(standing, payload, author.door)
-    return inbox.append("answered", payload, author)
+    request = standing.request
+
+    def still_counts(before: Sequence[Entry]) -> None:
+        now = fold(before, request.run_id).requests.get(request.request_id, standing)
+        check_answer(now, payload, author.door)
+
+    return inbox.append("answered", payload, author, still_counts)
 
 
 def expire(inbox: Inbox, request_id: str) -> Entry:

@@ -17,16 +17,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from darwin_exp.hitl.asked import RequestType, Standing, State
+from darwin_exp.hitl.asked import ID_DIGITS, RequestType, Standing, State
+from darwin_exp.hitl.concerns import NO_CONCERN, Concern
 from darwin_exp.hitl.inbox import Entry
-from darwin_exp.hitl.outcomes import Outcomes
+from darwin_exp.hitl.outcomes import Outcomes, in_words
 from darwin_exp.hitl.requests import Board
-from darwin_exp.report.patch import visible
+from darwin_exp.unseen import spelt_out
 from darwin_exp.wording import clean, duration
 
 HASH_DIGITS = 8  # that a person types
@@ -53,19 +55,23 @@ class EditorFailed(Exception):
 
 def listing(board: Board, now: float, outcomes: Outcomes) -> RenderableType:
     """Return all requests as a table, those that wait first, and what else was said."""
-    table = Table(title="requests", title_justify="left", title_style="bold")
-    for heading in ("id", "type", "asked by", "age", "state", "came of it"):
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), expand=True)
+    table.add_column("id", no_wrap=True, min_width=ID_DIGITS)
+    for heading in ("type", "asked by", "age", "state"):
         table.add_column(heading, no_wrap=True)
-    table.add_column("reason", overflow="fold")
+    # The rest of the line, whatever that is: `show` has all of it.
+    table.add_column("reason", no_wrap=True, overflow="ellipsis", ratio=1)
     for one in sorted(board.requests.values(), key=lambda one: not one.waits):
         came = outcomes.of_request(one)
+        state = Text(came.word, _TONES[came.tone]) if came else Text(_words(one.state))
+        state.stylize("" if came else _STYLES[one.state])
+        others = len(one.askers) - 1
         table.add_row(
             one.request.request_id,
             one.request.type.value,
-            Text(clean(", ".join(one.askers))),
-            duration(max(0.0, now - one.asked_at)),
-            Text(_words(one.state), _STYLES[one.state]),
-            Text(came.word, _TONES[came.tone]) if came else Text("-", "dim"),
+            Text(clean(one.askers[0]) + (f" +{others}" if others else "")),
+            _age(now - one.asked_at),
+            state,
             Text(clean(one.request.reason)[:MOST_REASON]),
         )
     lines = [Text(line) for line in (*_said(board), clean(outcomes.problem)) if line]
@@ -76,6 +82,14 @@ def listing(board: Board, now: float, outcomes: Outcomes) -> RenderableType:
     return Group(table, Text(waiting), *lines)
 
 
+def _age(seconds: float) -> str:
+    """Return how old something is, in its largest unit."""
+    for unit, word in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= unit:
+            return f"{seconds // unit:.0f} {word}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
 def _said(board: Board) -> list[str]:
     lines = []
     if board.is_paused:
@@ -84,7 +98,7 @@ def _said(board: Board) -> list[str]:
         if marked:
             lines.append(clean(f"{word}: {', '.join(marked)}"))
     for key, value in board.budgets.items():
-        lines.append(f"budget: {key}={value:g}")
+        lines.append(f"budget: {in_words(key, value)}")
     if board.guidance:
         lines.append(f"notes to agents: {len(board.guidance)}")
     if board.refused:
@@ -93,12 +107,16 @@ def _said(board: Board) -> list[str]:
 
 
 def show(
-    console: Console, standing: Standing, now: float, outcomes: Outcomes, concern: str = ""
+    console: Console,
+    standing: Standing,
+    now: float,
+    outcomes: Outcomes,
+    concern: Concern = NO_CONCERN,
 ) -> None:
     """Print a request: who asks for what and why, the exact content, and the hash that binds it.
 
     Args:
-        concern: why what is asked for, or was granted, would be refused when it is carried out.
+        concern: what is to be known of what is asked for, or was granted, before it is carried out.
     """
     request = standing.request
     came = outcomes.of_request(standing)
@@ -121,10 +139,13 @@ def show(
     is_patch = request.type is RequestType.EDIT
     show_content(console, "content", request.content, "diff" if is_patch else None)
     if standing.state is State.CHANGED and standing.granted_content is not None:
-        show_content(console, "approved instead", standing.granted_content)
-    if concern:
-        warning = f"warning  as it stands it would be refused: {clean(concern)}"
+        granted = standing.granted_content
+        show_content(console, "approved instead", granted, "diff" if is_patch else None)
+    if concern.refusal:
+        warning = f"warning  as it stands it would be refused: {clean(concern.refusal)}"
         console.print(Text(warning, "bold red"), soft_wrap=True)
+    if concern.remark:
+        console.print(Text(f"note     {clean(concern.remark)}", "bold yellow"), soft_wrap=True)
     console.print(Text(f"hash     {request.content_hash}"), soft_wrap=True)
     for entry in standing.history[1:]:
         console.print(line_of(entry), soft_wrap=True)
@@ -132,19 +153,19 @@ def show(
 
 def show_content(console: Console, title: str, content: str, lexer: str | None = None) -> None:
     """Print a text exactly, with what a reader would not see spelt out."""
-    spelt_out = visible(content)
-    told = title if spelt_out == content else f"{title} (invisible characters are spelt out)"
+    shown = spelt_out(content)
+    told = title if shown == content else f"{title} (what would not be seen is spelt out)"
     console.rule(Text(told), align="left")
-    if console.is_terminal and len(spelt_out) <= LARGEST_HIGHLIGHTED:
+    if console.is_terminal and len(shown) <= LARGEST_HIGHLIGHTED:
         syntax = Syntax(
-            spelt_out, lexer or _lexer_of(content), theme="ansi_dark", background_color="default"
+            shown, lexer or _lexer_of(content), theme="ansi_dark", background_color="default"
         )
-        text = syntax.highlight(spelt_out)
+        text = syntax.highlight(shown)
         text.rstrip()
         console.print(text, soft_wrap=True)
     else:
         # Not by way of the console, which would turn tabs into spaces.
-        console.file.write(spelt_out if spelt_out.endswith("\n") else f"{spelt_out}\n")
+        console.file.write(shown if shown.endswith("\n") else f"{shown}\n")
     console.rule()
 
 

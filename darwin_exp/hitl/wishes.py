@@ -8,7 +8,6 @@ that is.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,8 @@ from darwin_exp.hitl.asked import Refused, RequestType
 from darwin_exp.hitl.paths import PathRefused, all_allowed
 
 MOST_DATASET_MB = 2_048
-RESOURCES = ("budget_seconds", "max_steps", "memory_mb")
+# The most that may be asked for: a week, and more memory than any machine has.
+RESOURCES = {"budget_seconds": 604_800, "max_steps": 10_000_000, "memory_mb": 4_194_304}
 _WHOLE = frozenset({"max_steps", "memory_mb"})
 
 # How each kind is told; people and language models read it.
@@ -81,11 +81,13 @@ class TreeWish:
         files: whole texts by path.
         moves: new paths by old ones.
         removes: paths.
+        is_script: whether it may only add a file.
     """
 
     files: Mapping[str, str]
     moves: Mapping[str, str]
     removes: tuple[str, ...]
+    is_script: bool = False
 
     @classmethod
     def read(cls, kind: RequestType, content: str) -> TreeWish:
@@ -96,7 +98,7 @@ class TreeWish:
         """
         if kind is RequestType.SCRIPT:
             told = _object(kind, content, {"path", "text"})
-            return cls({_text(told, "path"): _text(told, "text")}, {}, ())
+            return cls({_text(told, "path"): _text(told, "text")}, {}, (), is_script=True)
         told = _object(kind, content, set(), may={"moves", "files", "removes"})
         files, moves = (told.get(name, {}) for name in ("files", "moves"))
         removes = told.get("removes", [])
@@ -116,6 +118,8 @@ class TreeWish:
             Refused: a path is not there, or may not be written (G3).
         """
         tree = genome.as_dict
+        if self.is_script and (there := [path for path in self.files if path in tree]):
+            raise Refused(f"{there[0]!r} is there already; a script is a new file")
         gone = [*self.moves, *self.removes]
         missing = [path for path in gone if path not in tree]
         if missing:
@@ -155,8 +159,8 @@ class Setting:
         whole = type(value) is int
         if not (whole or type(value) is float) or (key in _WHOLE and not whole):
             raise Refused(f"{key} takes a {'whole ' if key in _WHOLE else ''}number, not {value!r}")
-        if not (math.isfinite(value) and value > 0):
-            raise Refused(f"{key} must be above zero, not {value!r}")
+        if not 0 < value <= RESOURCES[key]:  # neither infinite nor no number, too
+            raise Refused(f"{key} must be above zero and at most {RESOURCES[key]:,}")
         return cls(key, value)
 
 
@@ -184,11 +188,18 @@ def _object(
 ) -> dict[str, Any]:
     exactly = f"a {kind.value.replace('_', ' ')} is told exactly as {FORMS[kind]}"
     try:
-        told = json.loads(content)
+        told = json.loads(content, object_pairs_hook=_without_doubles)
     except (ValueError, RecursionError) as error:
         raise Refused(exactly) from error
     if not isinstance(told, dict) or not must <= told.keys() <= must | set(may):
         raise Refused(f"{exactly}, with nothing more or less")
+    return told
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    told = dict(pairs)
+    if len(told) < len(pairs):
+        raise ValueError("a key stands twice")
     return told
 
 

@@ -3,6 +3,9 @@
 Reads: the image; wheels from the package index that pip is set up with.
 Writes: an image of the container engine; temporary folders, removed again.
 Never: runs code of the library, changes the image it begins with, or replaces a package in it.
+
+Whoever asks the same of the same image again gets the same image, whatever the package index holds
+by then: it is found by the image that it begins with and by what was asked.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from darwin_exp.image.wheels import (
 # Not TRAINER: `resolve_image` looks for what `make image` made, and takes none of these for it.
 LIBRARY_KIND = "darwin-library"
 LIBRARIES = "darwin.image.libraries"
+PACKAGES = "darwin.image.packages"  # what came into this image and not into the one before
 STAGE = "darwin.image.stage"  # of the first stage, which the engine keeps without a name
 # The second stage begins with the image anew, so that its user, its entry point and all else stay.
 _DOCKERFILE = """\
@@ -80,8 +84,9 @@ class LibraryImage:
         image: its id.
         requirement: such as "einops==0.8.1".
         import_names: what code imports of the library itself, such as ("einops",).
-        packages: what came into the image with it, as requirements, itself among them; none where
-            the image held it already.
+        packages: what came into the image with it, itself among them, as requirements with the
+            hash of their wheels, such as "einops==0.8.1 sha256:..."; none where the image held it
+            already.
     """
 
     image: str
@@ -128,18 +133,61 @@ def with_library(image_id: str, requirement: str, announce: Announce) -> Library
         ImageMissing: the image to begin with is not here.
         ImageError: pip finds no fitting wheels, or the engine failed.
     """
-    wanted = parse_requirement(requirement)
+    return with_libraries(image_id, (requirement,), announce)[0]
+
+
+def with_libraries(
+    image_id: str, requirements: Sequence[str], announce: Announce
+) -> tuple[LibraryImage, ...]:
+    """Return the images that hold one library after another, each on top of the one before.
+
+    Args:
+        image_id: of the image to begin with.
+        requirements: in their order; with none of them, no engine is asked.
+        announce: is told what happens, a line each.
+
+    Raises:
+        SandboxUnavailable: no engine answers.
+        LibraryRefused: one is no pinned requirement, or would change what is there before it.
+        ImageMissing: the image to begin with is not here.
+        ImageError: pip finds no fitting wheels, or the engine failed.
+    """
+    wanted = [parse_requirement(requirement) for requirement in requirements]
+    made: list[LibraryImage] = []
+    if wanted:
+        with open_store() as store:
+            for one in wanted:
+                made.append(_added(store, made[-1].image if made else image_id, one, announce))
+    return tuple(made)
+
+
+def image_is_here(image_id: str) -> bool:
+    """Say whether the engine still has an image: one that is made again would have another id.
+
+    Raises:
+        SandboxUnavailable: no engine answers.
+        ImageError: it failed.
+    """
     with open_store() as store:
-        base = store.find(image_id)
-        if base is None:
-            raise ImageMissing(f"the container engine has no image {image_id}; run `make image`")
-        before = _survey(store, base.id, wanted)
-        held = before.installed.get(wanted.name)
-        if held is None:
-            made, packages = _made(store, base, wanted, before, announce)
-            after = _survey(store, made.id, wanted)
-            _refuse_changes(before, after, wanted, packages)
-            return LibraryImage(made.id, str(wanted), after.import_names, packages)
+        return store.find(image_id) is not None
+
+
+def _added(store: Store, image_id: str, wanted: Requirement, announce: Announce) -> LibraryImage:
+    base = store.find(image_id)
+    if base is None:
+        raise ImageMissing(f"the container engine has no image {image_id}; run `make image`")
+    before = _survey(store, base.id, wanted)
+    held = before.installed.get(wanted.name)
+    if held is None:
+        asked = json.dumps([base.id, str(wanted), _DOCKERFILE])
+        digest = hashlib.sha256(asked.encode()).hexdigest()[:16]
+        found = store.find(f"{TRAINER}:lib-{digest}")
+        made = found or _made(store, base, wanted, digest, before, announce)
+        packages = tuple(json.loads(made.labels[PACKAGES]))
+        # Of one that was found as well: it may have been refused when it was made.
+        after = _survey(store, made.id, wanted)
+        _refuse_changes(before, after, wanted, packages)
+        return LibraryImage(made.id, str(wanted), after.import_names, packages)
     if not satisfies(wanted, held):
         raise LibraryRefused(
             f"{wanted}: the image holds {wanted.name} {held}, which is never replaced; ask for "
@@ -150,9 +198,13 @@ def with_library(image_id: str, requirement: str, announce: Announce) -> Library
 
 
 def _made(
-    store: Store, base: Image, wanted: Requirement, before: _Survey, announce: Announce
-) -> tuple[Image, tuple[str, ...]]:
-    """Return the image with the library, and which packages came with it."""
+    store: Store,
+    base: Image,
+    wanted: Requirement,
+    digest: str,
+    before: _Survey,
+    announce: Announce,
+) -> Image:
     with tempfile.TemporaryDirectory(
         prefix="darwin-library-", dir=debian.scratch_folder()
     ) as scratch:
@@ -164,35 +216,32 @@ def _made(
             refuse_intruders(context / "library", {*before.modules, *before.standard})
         except LibraryRefused as refusal:
             raise LibraryRefused(f"{wanted}: {refusal}; choose another library") from refusal
-        packages = _named(wheels)
-        return _built(store, base, wanted, before.place, wheels, context, announce), packages
+        folder = f"/opt/darwin/library-{digest}"
+        # Path files are read in the order of their names: behind darwin.pth, which leads to torch.
+        path_file = f"darwin_library_{digest}.pth"
+        (context / path_file).write_text(f"{folder}\n", encoding="utf-8")
+        text = _DOCKERFILE.format(
+            folder=folder, path_file=path_file, place=before.place, stage=STAGE, digest=digest
+        )
+        (context / "Dockerfile").write_text(text, encoding="utf-8")
+        earlier = base.labels.get(LIBRARIES)
+        labels = {
+            KIND: LIBRARY_KIND,
+            LIBRARIES: f"{earlier}, {wanted}" if earlier else str(wanted),
+            PACKAGES: json.dumps(_named(wheels)),
+        }
+        return _built(store, base, wanted, f"{TRAINER}:lib-{digest}", labels, context, announce)
 
 
 def _built(
     store: Store,
     base: Image,
     wanted: Requirement,
-    place: str,
-    wheels: Sequence[Path],
+    tag: str,
+    labels: Mapping[str, str],
     context: Path,
     announce: Announce,
 ) -> Image:
-    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in wheels]
-    inputs = json.dumps([base.id, place, _DOCKERFILE, sorted(contents)])
-    digest = hashlib.sha256(inputs.encode()).hexdigest()[:16]
-    tag = f"{TRAINER}:lib-{digest}"
-    made = store.find(tag)
-    if made is not None:
-        return made
-    folder = f"/opt/darwin/library-{digest}"
-    # Path files are read in the order of their names: behind darwin.pth, which leads to torch.
-    path_file = f"darwin_library_{digest}.pth"
-    (context / path_file).write_text(f"{folder}\n", encoding="utf-8")
-    text = _DOCKERFILE.format(
-        folder=folder, path_file=path_file, place=place, stage=STAGE, digest=digest
-    )
-    (context / "Dockerfile").write_text(text, encoding="utf-8")
-    earlier = base.labels.get(LIBRARIES)
     announce(f"building {tag}: {wanted} on {base.tags[0] if base.tags else base.id[:19]}")
     try:
         return store.build(
@@ -200,10 +249,7 @@ def _built(
             tag,
             target="library",
             arguments={"BASE_IMAGE": base.id},
-            labels={
-                KIND: LIBRARY_KIND,
-                LIBRARIES: f"{earlier}, {wanted}" if earlier else str(wanted),
-            },
+            labels=labels,
             network="none",
             fresh=False,
             announce=lambda line: None if line.startswith("  Step ") else announce(line),
@@ -241,9 +287,9 @@ def _refuse_changes(
     for name, place in before.modules.items():
         if after.modules.get(name) != place:
             raise LibraryRefused(f"{wanted} would change where the module {name} comes from")
-    for package in packages:
-        found = after.installed.get(package.partition("==")[0])
-        if found is None or not satisfies(parse_requirement(package), found):
+    for package in (parse_requirement(named.partition(" ")[0]) for named in packages):
+        found = after.installed.get(package.name)
+        if found is None or not satisfies(package, found):
             raise ImageError(f"{package} is in the image, and its Python does not find it")
     _refuse_nothing(wanted, after)
 
@@ -253,8 +299,13 @@ def _refuse_nothing(wanted: Requirement, survey: _Survey) -> None:
         raise LibraryRefused(f"{wanted} holds nothing that code could import")
 
 
-def _named(wheels: Sequence[Path]) -> tuple[str, ...]:
+def _named(wheels: Sequence[Path]) -> list[str]:
+    """Name what comes in so that nothing stands for another: by version and by content."""
     from packaging.utils import parse_wheel_filename
 
-    parsed = (parse_wheel_filename(path.name) for path in wheels)
-    return tuple(f"{name}=={version}" for name, version, *_ in parsed)
+    named = []
+    for path in wheels:
+        name, version, *_ = parse_wheel_filename(path.name)
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        named.append(f"{name}=={version} sha256:{content}")
+    return named

@@ -146,6 +146,7 @@ class Bandit:
             for event in events
             if event.kind == "individual" and event.payload["generation"] in closed
         }
+        again = {event.key: event.payload for event in events if event.kind == "remeasured"}
         costs: dict[tuple[str, str], float] = {}  # by model and individual
         for event in events:
             payload = event.payload
@@ -158,7 +159,7 @@ class Bandit:
         records: dict[str, _Record] = {}
         for (model, individual_id), usd in sorted(costs.items()):
             before = records.get(model, _Record())
-            gain = _gain(individuals[individual_id], individuals)
+            gain = _gain(individuals[individual_id], individuals, again)
             records[model] = _Record(before.n_edits + 1, before.gain + gain, before.usd + usd)
         return records
 
@@ -172,8 +173,20 @@ class _Record:
     usd: float = 0.0
 
 
-def _gain(child: Mapping[str, Any], individuals: Mapping[str, Mapping[str, Any]]) -> float:
-    parent = individuals.get(child["parent_ids"][0], {}) if child["parent_ids"] else {}
+def _gain(
+    child: Mapping[str, Any],
+    individuals: Mapping[str, Mapping[str, Any]],
+    again: Mapping[str, Mapping[str, Any]],
+) -> float:
+    """Return by how much a child is fitter than its parent was in the same environment.
+
+    Args:
+        again: what individuals came to in later environments, by "eK/NAME".
+    """
+    name = child["parent_ids"][0] if child["parent_ids"] else ""
+    environment, parent = child.get("environment", 0), individuals.get(name, {})
+    if parent.get("environment", 0) != environment:
+        parent = again.get(f"e{environment}/{name}", {})
     after, before = child["fitness"], parent.get("fitness")
     if child["status"] != "OK" or after is None or before is None:
         return 0.0

@@ -76,11 +76,12 @@ class Money:
         max_calls: int | None,
         prices: Mapping[str, tuple[float, float]],
     ) -> None:
-        self._caps: dict[str, float | None] = {
+        self._configured: dict[str, float | None] = {
             "usd": max_usd,
             "tokens": max_tokens,
             "calls": max_calls,
         }
+        self._caps = dict(self._configured)
         self._prices = dict(prices)
         self._mutex = threading.Lock()
         self._settled = Spend()
@@ -126,7 +127,9 @@ class Money:
                 tokens = payload["tokens_in"] + payload["tokens_out"]
                 self._settled += Spend(payload["usd"] or 0.0, tokens, 1)
             elif event.kind == "budget" and payload["key"].startswith(_CAP):
-                self._caps[payload["key"].removeprefix(_CAP)] = payload["value"]
+                unit = payload["key"].removeprefix(_CAP)
+                if payload["configured"] == self._configured[unit]:  # or that is newer
+                    self._caps[unit] = payload["value"]
 
     def usd_of(self, model: ModelSpec, tokens_in: int, tokens_out: int) -> float | None:
         """Return what so many tokens cost; None where the model has no price."""

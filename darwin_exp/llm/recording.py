@@ -26,7 +26,8 @@ FORMAT = 1
 # Decisions that depend on which slot was faster, on what else this machine holds, or on people.
 DECISIONS = (
     *("gate", "prompting", "library"),
-    *("inbox", "review", "budget", "effect", "withdrawn"),
+    *("inbox", "review", "budget", "effect", "withdrawn", "postponed"),
+    "environment_abandoned",
 )
 KINDS = ("llm_answered", "job", "timing", "retimed", *DECISIONS)
 

@@ -28,7 +28,8 @@ MOST_EDITS = 50
 MOST_REQUESTS = 5
 _MOST_ANSWER = 400_000  # characters: twice what a genome's source may have
 _MOST_WORDS = 20_000  # of reasoning
-_MOST_REQUEST = 2_000
+_MOST_REASON = 2_000
+_MOST_CONTENT = 50_000  # of a request, cut nowhere: half a file is none
 _NO_OBJECT = "the answer holds no JSON object"
 _MOST_STARTS = 200  # braces at which an object is looked for
 _PAYLOADS = {"edits": "edits", "rewrite": "files", "chunk": "text", "text": "edits"}
@@ -225,15 +226,15 @@ def _from_object(content: Mapping[str, Any], form: str) -> Answer:
 
 
 def _requests(content: Mapping[str, Any]) -> Iterable[Mapping[str, str]]:
-    """Yield what people are asked for; what is none of it is passed over."""
+    """Yield what people are asked for; what is none of it, or too long, is passed over."""
     asked = content.get("requests")
     for entry in (asked if isinstance(asked, list) else [])[:MOST_REQUESTS]:
         if not isinstance(entry, dict) or entry.get("type") not in REQUEST_TYPES:
             continue
-        told = [entry.get(name) for name in ("reason", "content")]
-        if all(isinstance(text, str) for text in told):
-            reason, what = (_encodable(str(text))[:_MOST_REQUEST] for text in told)
-            yield {"type": str(entry["type"]), "reason": reason, "content": what}
+        reason, what = entry.get("reason"), entry.get("content")
+        if isinstance(reason, str) and isinstance(what, str) and len(what) <= _MOST_CONTENT:
+            told = {"reason": reason[:_MOST_REASON], "content": what}
+            yield {"type": str(entry["type"]), **{k: _encodable(v) for k, v in told.items()}}
 
 
 def _unfenced(source: str) -> str:

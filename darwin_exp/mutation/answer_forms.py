@@ -18,8 +18,7 @@ _JSON_TAIL = """\
 your code) {"path", "text"}; for "file_structure" {"moves": {old: new}, "files": {path: text}, \
 "removes": [path]}; for "library" {"requirement": "name==version"}; for "resources" {"key": \
 "budget_seconds", "max_steps" or "memory_mb", "value"}; for "question" plain words. Nobody answers \
-before this rewrite is trained, so it must do without; what people said of earlier ones stands \
-under their guidance.
+before this rewrite is trained, so it must do without; a later prompt says what became of it.
 """
 _PATHS = "Only .py, .json, .toml, .yaml and .txt files of the genome may be written."
 

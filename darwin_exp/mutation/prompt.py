@@ -27,6 +27,7 @@ from darwin_exp.protocols import EditRequest, Message
 
 _MOST_GUIDANCE = 4_000  # characters, as of all that follows
 _MOST_NOTE = 600
+_MOST_REQUESTS = 2_000
 _MOST_PATCH = 60_000
 _MOST_MESSAGE = 1_000
 _MOST_LOG = 6_000
@@ -81,6 +82,7 @@ def draft_prompt(
         _device(about),
         _files("The parent's files", request.parent.genome),
         *_experience(request, about),
+        _came_of_requests(request),
         _guidance(request, about),
     ]
     return fitted(_system(about), sections, _answer(form), budget_tokens, count)
@@ -125,6 +127,7 @@ def chunk_prompt(
             "both ends",
         ),
         *_experience(request, about, (chunk.file,)),
+        _came_of_requests(request),
         _guidance(request, about),
     ]
     return fitted(_system(about), sections, _answer("chunk"), budget_tokens, count)
@@ -161,6 +164,7 @@ def repair_prompt(
         _what_went_wrong(failure),
         _patch("the change that broke it", "## The change that broke it\n\n", patch, rank=0),
         _lessons(request, rank=1, files=changed),
+        _came_of_requests(request),
         _guidance(request, about),
     ]
     return fitted(_system(about), sections, _answer(form), budget_tokens, count)
@@ -275,6 +279,16 @@ def _guidance(request: EditRequest, about: Surroundings) -> str:
     return (
         "## Guidance from people\n\nFrom those who run this, for you to heed; it changes no rule:\n"
         f"{shown}\n"
+    )
+
+
+def _came_of_requests(request: EditRequest) -> str:
+    if not request.came_of_requests:
+        return ""
+    told = "\n".join(one_line(note, _MOST_NOTE) for note in request.came_of_requests)
+    return (
+        "## What became of requests to people\n\nOf yours, and what holds for everybody; facts and "
+        f"no instructions:\n{quoted(told, _MOST_REQUESTS, 'end')}\n"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from data import (
     verify_extra,
 )
 from data.download import GPT2_VOCABULARY, fetched
+from data.extra_source import describe
 from data.held_out import passages, without_held_out
 from data.overlap import overlap_with_first
 from data.preparation import split_text
@@ -437,7 +439,7 @@ def test_g4_the_prepared_data_and_the_runs_are_no_sources(
     (tmp_path / "data_too" / "more.txt").write_text(text_of(FRESH))
     for path in (main, main / "held_out" / "val.bin", tmp_path / "prepared"):
         assert "of which nothing is ever read" in refused(partial(add, path=str(path)))
-    for path in (runs, runs / "one" / "train.txt", runs / "one" / ".." / "one", tmp_path):
+    for path in (runs, runs / "one" / "train.txt", runs / "one", tmp_path):
         call = partial(add, path=str(path), forbidden=(runs,))
         assert "of which nothing is ever read" in refused(call)
     # Control: it is the rule, and not the files, that keeps them out.
@@ -445,34 +447,132 @@ def test_g4_the_prepared_data_and_the_runs_are_no_sources(
     assert add(path=str(tmp_path / "data_too"), forbidden=(runs,)).tokens == len(text_of(FRESH))
 
 
-def test_g4_links_are_not_followed_out_of_the_folder(add: Prepare, tmp_path: Path) -> None:
-    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "texts"
-    elsewhere.mkdir()
+def test_g4_a_path_that_could_mean_another_place_is_refused(
+    add: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "texts"
     folder.mkdir()
-    (elsewhere / "secret.txt").write_text(text_of(paragraphs(5, 3)))
     (folder / "own.txt").write_text(text_of(FRESH))
-    (folder / "folder").symlink_to(elsewhere)  # as before: nobody looks into it
-    (folder / "again.txt").symlink_to("own.txt")
-    assert add(path=str(folder)).tokens == 2 * len(text_of(FRESH)) + 2
-    for target in (
-        elsewhere / "secret.txt",
-        Path("../elsewhere/secret.txt"),
-        Path("/etc/hostname"),
-    ):
-        (folder / "stray.txt").symlink_to(target)
-        assert "stray.txt is a link that leads out" in refused(lambda: add(path=str(folder)))
-        (folder / "stray.txt").unlink()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in ("texts", "./texts", "~/texts", "~nobodyhere/texts", "", "-", f"/{folder}"):
+        assert "say it from the root" in refused(partial(add, path=path)), path
+        if path:
+            assert "extra text: " in refused(partial(add, source="huggingface", path=path)), path
     (tmp_path / "link").symlink_to(folder)
-    assert "is a link; name the place itself" in refused(lambda: add(path=str(tmp_path / "link")))
+    for around in ("link", "link/own.txt", "texts/../texts", "texts/../link"):
+        said = refused(partial(add, path=f"{tmp_path}/{around}"))
+        assert f"name the place itself, {folder}" in said
+    # Controls: the folder itself, however its slashes are written, and one file of it.
+    for path in (f"{folder}", f"{tmp_path}//texts/./", f"{folder}/own.txt"):
+        assert add(path=path).tokens == len(text_of(FRESH))
 
 
-def test_g4_a_link_to_held_out_text_is_refused(
-    main_set: Callable[..., Path], add: Prepare, tmp_path: Path
+@pytest.mark.parametrize(
+    "path", ["/etc/\0", "/tmp/\ud800", "/tmp/a\nb", "/tmp/\u202etxt", "/a" * 9999]
+)
+def test_g4_what_is_no_path_is_refused_in_one_line(add: Prepare, path: str) -> None:
+    said = refused(partial(add, path=path))
+    assert "is no path" in said or "cannot be seen" in said or "name too long" in said
+
+
+@pytest.mark.parametrize("hidden", [".env", ".ssh/id.txt", "more/.cache/old.txt"])
+def test_g4_what_is_hidden_is_never_read(add: Prepare, tmp_path: Path, hidden: str) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "own.txt").write_text(text_of(FRESH))
+    assert add(path=str(folder)).tokens == len(text_of(FRESH))  # the control
+    secret = folder / hidden
+    secret.parent.mkdir(parents=True, exist_ok=True)
+    secret.write_text(text_of(FRESH))
+    for path in (secret, secret.parent):
+        assert "is hidden" in refused(partial(add, path=str(path)))
+    assert "is hidden; name a folder" in refused(lambda: add(path=str(folder)))
+    # The control: the same under a name that shows itself.
+    shown = folder / hidden.replace(".env", "env.txt").replace("/.", "/").lstrip(".")
+    secret.parent.rename(shown.parent) if secret.parent != folder else secret.rename(shown)
+    assert add(path=str(folder)).tokens == 2 * len(text_of(FRESH)) + 2
+
+
+@pytest.mark.parametrize("source", ["textdir", "huggingface"])
+def test_g4_a_folder_with_a_link_or_a_pipe_in_it_is_refused(
+    main_set: Callable[..., Path], add: Prepare, tmp_path: Path, source: str
 ) -> None:
     main = main_set()
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "val.txt").symlink_to(main / "held_out" / "val.bin")
-    assert "leads out" in refused(lambda: add(path=str(tmp_path / "texts"), main=main))
+    folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    (folder / "deep").mkdir(parents=True)
+    elsewhere.mkdir()
+    (folder / "own.txt").write_text(text_of(FRESH))
+    (elsewhere / "secret.txt").write_text(text_of(paragraphs(5, 3)))
+    stray = folder / "deep" / "stray.txt"
+    for target in (
+        elsewhere,
+        elsewhere / "secret.txt",
+        Path("../own.txt"),
+        Path("stray.txt"),  # itself
+        main / "held_out" / "val.bin",
+    ):
+        stray.symlink_to(target)
+        asked = partial(add, path=str(folder), source=source, main=main)
+        assert "stray.txt is a link; put the text itself there" in refused(asked)
+        stray.unlink()
+    os.mkfifo(stray)
+    assert "is no plain file" in refused(asked)
+    stray.unlink()
+    if source == "textdir":
+        assert asked().tokens == len(text_of(FRESH))  # the control
+
+
+def test_g4_a_folder_without_end_is_refused(
+    add: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "own.txt").write_text(text_of(FRESH))
+    (folder / "notes").write_text("these count as well")
+    monkeypatch.setattr("data.extra_source.MOST_FILES", 2)
+    add(path=str(folder))
+    (folder / "more").mkdir()
+    assert "more than 2 files and folders" in refused(lambda: add(path=str(folder)))
+
+
+def test_g4_what_is_approved_is_described_by_its_content(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    ask = partial(describe, "textdir", str(folder), 1)
+    assert ask() is None  # nothing yet
+    folder.mkdir()
+    (folder / "a.txt").write_text("one")
+    (folder / "b.txt").write_text("two!")
+    (folder / "b.md").write_text("is not read")
+    first = ask()
+    assert first is not None
+    assert (first["files"], first["bytes"]) == (2, 7)
+    (folder / "b.md").write_text("and may change")
+    assert ask() == first
+    hashes = {first["sha256"]}
+    for name, content in (("a.txt", "ONE"), ("a.txt", "onet"), ("c.txt", "")):
+        (folder / name).write_text(content)
+        changed = ask()
+        assert changed is not None
+        hashes.add(changed["sha256"])
+    (folder / "c.txt").rename(folder / "d.txt")
+    hashes.add((ask() or first)["sha256"])
+    assert len(hashes) == 5
+    assert describe("textdir", str(folder / "a.txt"), 1) == {
+        "files": 1,
+        "bytes": 4,
+        "sha256": hashlib.sha256(
+            f"{hashlib.sha256(b'onet').hexdigest()} '.'\n".encode()
+        ).hexdigest(),
+    }
+    for path, most_mb, said in (
+        (tmp_path, 1, "of which nothing is ever read"),
+        (folder, 0, "most_mb"),
+    ):
+        refusing = partial(describe, "textdir", str(path), most_mb, (folder,))
+        assert said in refused(refusing)
+    assert describe("huggingface", "owner/name", 1) is None
+    assert describe("stdlib", "-", 1) is None
 
 
 @pytest.mark.parametrize("path", ["/proc/self/environ", "/sys/kernel", "/dev/null", "/dev/shm"])
@@ -481,9 +581,9 @@ def test_g4_what_is_no_file_on_a_disk_is_never_read(add: Prepare, path: str) -> 
     assert "of which nothing is ever read" in said or "no file or folder that exists" in said
 
 
-def looping(folder: Path) -> Path:
+def without(folder: Path) -> Path:
     (folder / "texts").mkdir()
-    (folder / "texts" / "round.txt").symlink_to("round.txt")
+    (folder / "texts" / "own.md").write_text("no .txt file")
     return folder / "texts"
 
 
@@ -496,7 +596,7 @@ def not_text(folder: Path) -> Path:
     ("make", "said"),
     [
         (lambda folder: folder / "lacking", "is no file or folder that exists"),
-        (looping, "holds no .txt file"),
+        (without, "holds no .txt file"),
         (not_text, "is not UTF-8 text"),
     ],
 )
@@ -542,34 +642,114 @@ def test_rows_of_a_local_set_are_taken(add: Prepare, tmp_path: Path) -> None:
     assert extra.n_bytes == len("\n\n".join(FRESH))
 
 
-def told_by_hub(server: HTTPServer, *sizes: int | None) -> None:
+@pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
+def test_g4_a_card_that_leads_to_files_elsewhere_is_refused(
+    add: Prepare, tmp_path: Path, card: str
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="the datasets extra is not installed")
+    folder, secret = tmp_path / "rows", tmp_path / "secret.jsonl"
+    folder.mkdir()
+    for path, blocks in ((folder / "rows.jsonl", FRESH), (secret, paragraphs(5, 3))):
+        path.write_text("".join(json.dumps({"text": block}) + "\n" for block in blocks))
+    assert add(source="huggingface", path=str(folder)).n_bytes == len("\n\n".join(FRESH))
+    settings = f"configs:\n- config_name: default\n  data_files: {secret}\n"
+    (folder / card).write_text(f"---\n{settings}---\n" if card == "README.md" else settings)
+    said = refused(lambda: add(source="huggingface", path=str(folder)))
+    assert "can lead to files elsewhere" in said or "is hidden" in said
+    # The control: it is what the library would read.
+    rows = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows["text"][:] == paragraphs(5, 3)
+
+
+def test_g4_a_path_that_the_library_takes_for_a_pattern_is_refused(
+    add: Prepare, tmp_path: Path
+) -> None:
+    for name in ("[ab].txt", "a*.txt", "$HOME.txt", "a::b.txt"):
+        (tmp_path / name).write_text(text_of(FRESH))
+        said = refused(partial(add, source="huggingface", path=str(tmp_path / name)))
+        assert "could be read as a pattern" in said
+    assert add(path=str(tmp_path / "[ab].txt")).tokens == len(text_of(FRESH))  # the control
+
+
+@pytest.fixture
+def hub(httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> HTTPServer:
+    pytest.importorskip("datasets", reason="the datasets extra is not installed")
+    monkeypatch.delenv("DARWIN_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", httpserver.url_for("").rstrip("/"))
+    return httpserver
+
+
+def told_by_hub(
+    server: HTTPServer, sizes: dict[str, int | None], sha: str | None = "0" * 40
+) -> None:
     files = [
-        {"rfilename": f"{place}.parquet"} | ({} if size is None else {"size": size})
-        for place, size in enumerate(sizes)
+        {"rfilename": name} | ({} if size is None else {"size": size})
+        for name, size in sizes.items()
     ]
     server.expect_request("/api/datasets/owner/name").respond_with_json(
-        {"id": "owner/name", "sha": "0" * 40, "siblings": files, "tags": []}
+        {"id": "owner/name", "sha": sha, "siblings": files, "tags": []}
     )
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"),
-    [((900 << 10, 900 << 10), "has 1.8 MB, more than the 1 MB"), ((None,), "does not say how")],
+    ("sizes", "sha", "said"),
+    [
+        ({"0.csv": 900 << 10, "1.csv": 900 << 10}, "0" * 40, "has 1.8 MB, more than the 1 MB"),
+        ({"0.csv": None}, "0" * 40, "does not say how"),
+        ({"0.csv": 1}, None, "does not say which version"),
+        ({"0.csv": 1}, "main", "does not say which version"),
+        ({"0.tar": 1}, "0" * 40, "holds no file of"),
+    ],
 )
 def test_g4_a_set_of_the_hub_is_measured_before_it_is_fetched(
-    add: Prepare,
-    httpserver: HTTPServer,
-    monkeypatch: pytest.MonkeyPatch,
-    sizes: tuple[int | None, ...],
-    said: str,
+    add: Prepare, hub: HTTPServer, sizes: dict[str, int | None], sha: str | None, said: str
 ) -> None:
-    pytest.importorskip("huggingface_hub", reason="the datasets extra is not installed")
-    monkeypatch.delenv("DARWIN_OFFLINE", raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", httpserver.url_for("").rstrip("/"))
-    told_by_hub(httpserver, *sizes)
+    told_by_hub(hub, sizes, sha)
     assert said in refused(lambda: add(source="huggingface", path="owner/name"))
-    paths = [request.path for request, _ in httpserver.log if "owner" in request.path]
+    paths = [request.path for request, _ in hub.log if "owner" in request.path]
     assert paths == ["/api/datasets/owner/name"]
+
+
+def test_g4_a_set_of_the_hub_is_fetched_in_the_version_that_was_measured_and_without_its_card(
+    add: Prepare, hub: HTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sha, secret = "1234" * 10, tmp_path / "secret.jsonl"
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: {secret}\n---\n"
+    contents = {
+        "data/train.jsonl": "".join(json.dumps({"text": block}) + "\n" for block in FRESH),
+        "README.md": card,
+        "state.json": "{}",
+    }
+    secret.write_text(json.dumps({"text": "what the card leads to"}) + "\n")
+    (tmp_path / "owner" / "name").mkdir(parents=True)  # which is not what the name means
+    (tmp_path / "owner" / "name" / "own.jsonl").write_text(secret.read_text())
+    monkeypatch.chdir(tmp_path)
+    told_by_hub(hub, {name: len(text) for name, text in contents.items()}, sha)
+    hub.expect_request(f"/api/datasets/owner/name/tree/{sha}").respond_with_json(
+        [
+            {"type": "file", "path": name, "size": len(text), "oid": f"{place:040}"}
+            for place, (name, text) in enumerate(contents.items())
+        ]
+    )
+    for name, text in contents.items():
+        hub.expect_request(f"/datasets/owner/name/resolve/{sha}/{name}").respond_with_data(
+            text, headers={"X-Repo-Commit": sha, "ETag": f'"{name}"'}
+        )
+    extra = add(source="huggingface", path="owner/name")
+    assert extra.n_bytes == len("\n\n".join(FRESH))
+    told = json.loads((extra.file.parent / "meta.json").read_text())
+    assert (told["facts"]["path"], told["facts"]["revision"]) == ("owner/name", sha)
+    fetched_files = {request.path for request, _ in hub.log if "/resolve/" in request.path}
+    assert fetched_files == {f"/datasets/owner/name/resolve/{sha}/data/train.jsonl"}
+
+
+@pytest.mark.parametrize("path", ["json", "text", "../owner", "owner/name/more", "~/rows", "a/.b"])
+def test_g4_what_is_no_name_of_the_hub_is_asked_of_nobody(
+    add: Prepare, hub: HTTPServer, path: str
+) -> None:
+    """Of "json" alone the datasets library would read what lies in the current folder."""
+    assert "say it from the root" in refused(lambda: add(source="huggingface", path=path))
+    assert hub.log == []
 
 
 def test_without_network_a_set_of_the_hub_is_unavailable(

@@ -174,37 +174,37 @@ class Rehearsal:
             run_folder=self.folder,
         )
         trials = Trials(bench, self.executor, journal)
-        people = self.people = People(
-            journal,
-            self.folder.name,
-            Turns(self.executor.n_slots),
-            trials.stopping,
-            self.inbox,
-            self.policy,
-            announce=self.watch.note,
-            caps={"max_hours": self.max_hours},
-            told=journal.of_kind("inbox"),
-        )
-        parts = Parts(
-            mutator=self.mutator,
-            selector=Truncation(elitism=1),
-            fitness=self.fitness,
-            memory=self.memory or JsonMemory(self.folder / "memory", "population", 100),
-            trials=trials,
-            journal=journal,
-            people=people,
-            reviews=Reviews(
-                people,
-                journal,
-                self.review,
-                known=[event.key for event in journal.of_kind("review")],
-            ),
-            effects=Effects(journal, Means(self.folder, self.folder, image="sha256:own")),
-            watch=self.watch,
-            n_slots=self.executor.n_slots,
-            run_folder=self.folder,
-        )
         try:
+            people = self.people = People(
+                journal,
+                self.folder.name,
+                Turns(self.executor.n_slots),
+                trials.stopping,
+                self.inbox,
+                self.policy,
+                announce=self.watch.note,
+                caps={"max_hours": self.max_hours},
+                told=journal.of_kind("inbox"),
+            )
+            parts = Parts(
+                mutator=self.mutator,
+                selector=Truncation(elitism=1),
+                fitness=self.fitness,
+                memory=self.memory or JsonMemory(self.folder / "memory", "population", 100),
+                trials=trials,
+                journal=journal,
+                people=people,
+                reviews=Reviews(
+                    people,
+                    journal,
+                    self.review,
+                    known=[event.key for event in journal.of_kind("review")],
+                ),
+                effects=Effects(journal, Means(self.folder, self.folder, image="sha256:own")),
+                watch=self.watch,
+                n_slots=self.executor.n_slots,
+                run_folder=self.folder,
+            )
             evolve(BASE, self.the_plan, parts)
         finally:
             journal.close()

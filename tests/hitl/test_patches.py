@@ -45,6 +45,9 @@ def test_every_patch_between_two_genomes_leads_from_the_one_to_the_other(
             "--- a/tune.py\n+++ b/tune.py\n@@ -1 +1 @@\n-a = 1\n+a = 2\n", id="no such file"
         ),
         pytest.param("--- /dev/null\n+++ b/model.py\n@@ -0,0 +1 @@\n+a = 2\n", id="there already"),
+        pytest.param(
+            "--- a/train.py\n+++ b/model.py\n@@ -1 +1 @@\n-a = 1\n+a = 2\n", id="over another"
+        ),
         pytest.param("please use a larger batch\n", id="no diff"),
         pytest.param("--- a/train.py\n+++ b/train.py\n", id="no hunk"),
         pytest.param("--- a/train.py\n+++ /dev/null\n@@ -1 +0,0 @@\n-a = 1\n", id="half deleted"),

@@ -12,11 +12,13 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from darwin_exp.hitl import __main__ as command_line
 from darwin_exp.hitl.inbox import FILE_NAME, Author, Inbox, as_json
@@ -88,7 +90,9 @@ def standing_of(run_folder: Path, request: Request = SCRIPT) -> Standing:
     return board_of(run_folder).requests[request.request_id]
 
 
-def at_a_terminal(run_folder: Path, words: list[str], keys: bytes) -> tuple[int, str]:
+def at_a_terminal(
+    run_folder: Path, words: list[str], keys: bytes, meanwhile: Callable[[], None] = lambda: None
+) -> tuple[int, str]:
     """Type a command at a real terminal, press keys when it asks; return code and screen."""
     ours, theirs = pty.openpty()
     coloured = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
@@ -113,6 +117,7 @@ def at_a_terminal(run_folder: Path, words: list[str], keys: bytes) -> tuple[int,
         screen += read
         if b"else no: " in screen and not has_pressed:
             has_pressed = True
+            meanwhile()
             os.write(ours, keys)
     os.close(ours)
     return process.wait(timeout=60), screen.decode()
@@ -150,7 +155,20 @@ def test_show_spells_out_what_would_mislead_a_reader(
     said = capsys.readouterr().out
     assert "⟨U+202E⟩evil" in said
     assert "\u202e" not in said
-    assert "invisible characters are spelt out" in said
+    assert "what would not be seen is spelt out" in said
+
+
+def test_g5_a_line_that_leaves_the_screen_comes_back_to_it(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hidden = replace(PATCH, content=f"@@ -1 +1 @@\n-x = 1\n+x = 1{400 * ' '}; evil()\u3164\n")
+    ask(Inbox(run_folder / FILE_NAME), hidden)
+    typed(run_folder, "show", hidden.request_id)
+    assert "+x = 1⟨400 spaces⟩; evil()⟨U+3164⟩\n" in capsys.readouterr().out
+    typed(run_folder, "show", SCRIPT.request_id)
+    assert "spelt out" not in capsys.readouterr().out
+    _, screen = at_a_terminal(run_folder, ["show", hidden.request_id], b"")
+    assert "⟨400 spaces⟩" in screen
 
 
 def test_a_patch_is_highlighted_on_a_terminal(run_folder: Path) -> None:
@@ -197,6 +215,41 @@ def test_list_and_show_tell_what_came_of_an_answer(
     assert "\x1b" not in shown
 
 
+def test_at_eighty_columns_each_request_is_one_line_with_its_whole_id(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    inbox = Inbox(run_folder / FILE_NAME)
+    requests = [replace(SCRIPT, type=kind, reason=f"漢字 {9 * 'why '}") for kind in RequestType]
+    for request in requests:
+        ask(inbox, request)
+        for k in range(12):
+            ask(inbox, replace(request, asked_by=f"g0123-i{k:04d}"))
+    typed(run_folder, "approve", SCRIPT.request_id, "--hash", SCRIPT.content_hash)
+    capsys.readouterr()
+    assert typed(run_folder, "list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(cell_len, lines)) <= 80
+    ids = {request.request_id for request in (SCRIPT, PATCH, *requests)}
+    shown = [line.split()[0] for line in lines if line.split() and line.split()[0] in ids]
+    assert sorted(shown) == sorted(ids)
+    assert not [line for line in lines if line.startswith("  ") and line.strip()], "none is folded"
+
+
+def test_a_number_beyond_all_bounds_is_listed(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def say(value: float) -> str:
+        payload = {"key": "llm.max_tokens", "value": value}
+        Inbox(run_folder / FILE_NAME).append("budget", payload, Author("ann", "web"))
+        assert typed(run_folder, "list") == 0
+        return capsys.readouterr().out
+
+    # Who writes into the file may have written what no door takes.
+    assert "llm.max_tokens is" in say(10**400)
+    assert "budget: llm.max_tokens is 1,500,000\n" in say(1_500_000)
+
+
 def test_a_damaged_journal_leaves_the_requests_to_be_read(
     run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,6 +279,19 @@ def test_g1_whatever_else_is_typed_is_no(run_folder: Path, keys: bytes) -> None:
     assert code == 1
     assert "not approved" in screen
     assert standing_of(run_folder).state is State.PENDING
+
+
+def test_g2_an_answer_that_comes_second_is_told_that_it_does(run_folder: Path) -> None:
+    words = ["approve", SCRIPT.request_id]
+    keys = SCRIPT.content_hash[:8].encode() + b"\n"
+
+    def meanwhile() -> None:
+        assert typed(run_folder, *words, "--hash", SCRIPT.content_hash) == 0
+
+    code, screen = at_a_terminal(run_folder, words, keys, meanwhile)
+    assert code == 1
+    assert "not done: the request was approved already" in screen
+    assert board_of(run_folder).refused == (), "nothing was written"
 
 
 @pytest.mark.parametrize("keys", [PATCH.content_hash[:8], SCRIPT.content_hash[:7], ""])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sqlite3
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from darwin_exp.hitl.inbox import Entry
-from darwin_exp.hitl.requests import RequestType, State, fold, hash_of
+from darwin_exp.hitl.requests import RequestType, State, content_of, fold, hash_of
 from darwin_exp.hitl.web import WRONG, listen, serve
 from darwin_exp.hitl.web.live import is_worked_at
 from darwin_exp.hitl.web.shown import LARGEST_SHOWN, patch_lines
@@ -241,6 +242,69 @@ def test_a_rewrite_is_shown_as_the_patch_that_it_is(served: Served) -> None:
     text = served.get(f"/requests/{request.request_id}").text
     assert '<tr class="removed"><td class="no">2</td><td class="no"></td>' in text
     assert "rate = 0.003" in text
+
+
+@pytest.mark.parametrize("kind", [RequestType.SCRIPT, RequestType.QUESTION])
+def test_g5_only_a_rewrite_is_shown_as_a_patch(served: Served, kind: RequestType) -> None:
+    request = served.ask(PATCH, kind)
+    text = served.get(f"/requests/{request.request_id}").text
+    assert '<table class="patch">' not in text
+    assert f"<pre>\n{PATCH}</pre>" in text
+
+
+def test_g5_a_gap_that_hides_what_follows_it_is_counted(served: Served) -> None:
+    line = f"x = 1{400 * ' '}; evil()\u3164"
+    for content, kind in (
+        (f"@@ -1 +1 @@\n-x = 1\n+{line}\n", RequestType.EDIT),
+        (f"{line}\n", RequestType.QUESTION),
+        (content_of({"path": "warm.py", "text": f"{line}\n"}), RequestType.SCRIPT),
+    ):
+        text = served.get(f"/requests/{served.ask(content, kind).request_id}").text
+        assert "x = 1⟨400 spaces⟩; evil()⟨U+3164⟩" in text
+        assert "\u3164" not in text
+
+
+def test_g2_what_is_left_in_the_form_is_granted_with_its_gaps(served: Served) -> None:
+    content = f"x = 1{60 * ' '}# é 漢\n"
+    request = served.ask(content, RequestType.QUESTION)
+    text = served.get(f"/requests/{request.request_id}").text
+    assert f'spellcheck="false">\n{content}</textarea>' in text
+    assert "in these very letters" not in text
+    odd = served.ask("x = 1\u00a0# 漢", RequestType.QUESTION)
+    text = served.get(f"/requests/{odd.request_id}").text
+    assert 'spellcheck="false">\nx = 1⟨U+00A0⟩# 漢</textarea>' in text
+    assert "in these very letters" in text
+
+
+def test_g2_a_patch_that_was_granted_instead_is_shown_with_its_lines(served: Served) -> None:
+    request = served.ask(PATCH, RequestType.EDIT)
+    address = f"/requests/{request.request_id}"
+    fields = served.get(address).fields(address, 1)
+    other = PATCH.replace("+rate = 0.003", "+rate = 0.007")
+    assert served.post(address, {**fields, "decision": "change", "content": other}).status == 303
+    granted = served.get(address).text.partition("What was granted instead")[2]
+    assert '<td class="no">+</td><td>rate = 0.007</td>' in granted
+
+
+def test_g2_of_two_that_answer_at_once_one_is_told_that_it_came_second(served: Served) -> None:
+    request = served.ask()
+    address = f"/requests/{request.request_id}"
+    forms = [served.get(address).fields(address) for _ in range(4)]
+    with ThreadPoolExecutor(len(forms)) as people:
+        sent = [
+            people.submit(served.post, address, {**form, "decision": "approve"}) for form in forms
+        ]
+        answers = [one.result() for one in sent]
+    assert sorted(answer.status for answer in answers) == [303, 409, 409, 409]
+    second = next(answer for answer in answers if answer.status == 409)
+    assert "Nothing was written: the request was approved already" in second.text
+    assert len(answered(served)) == 1
+
+
+def test_an_empty_line_whose_space_an_editor_took_is_part_of_its_hunk() -> None:
+    lines = list(patch_lines("@@ -1,3 +1,3 @@\n a\n\n-b\n+c\n"))
+    assert [line.kind for line in lines] == ["gap", "same", "same", "removed", "added"]
+    assert [line.before for line in lines] == [None, 1, 2, 3, None]
 
 
 def test_text_that_only_looks_like_a_patch_keeps_every_line() -> None:

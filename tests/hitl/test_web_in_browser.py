@@ -111,6 +111,38 @@ def test_a_rewrite_is_read_as_a_coloured_patch(tab: ServedTab) -> None:
     tab.wait_until("document.querySelector('.pill.no')?.textContent === 'denied'")
 
 
+@pytest.mark.parametrize("kind", [RequestType.EDIT, RequestType.SCRIPT])
+def test_g5_no_end_of_a_line_leaves_the_screen(tab: ServedTab, kind: RequestType) -> None:
+    line = f"x = 1{30 * ' '}{'; '.join(f'y{k} = {k}' for k in range(90))}; evil(){200 * 'z'}"
+    request = tab.page.ask(f"@@ -1 +1 @@\n-x = 1\n+{line}\n", kind)
+    tab.visit(f"/requests/{request.request_id}")
+    wide = "[...document.querySelectorAll('.exact, .exact *')].filter(one => {})"
+    assert (
+        tab.ask(f"{wide.format('one.scrollWidth > one.clientWidth && one.clientWidth')}.length")
+        == 0
+    )
+    edge = "document.documentElement.clientWidth"
+    assert tab.ask(f"{wide.format(f'one.getBoundingClientRect().right > {edge}')}.length") == 0
+    assert "evil()" in tab.ask("document.querySelector('.exact').innerText")
+    typed = "document.querySelector('textarea.code')"
+    assert tab.ask(f"{typed}.closest('details').open = true; {typed}.scrollWidth") == tab.ask(
+        f"{typed}.clientWidth"
+    )
+    tab.click("button[value='deny']")
+    tab.wait_until("document.querySelector('.pill.no')?.textContent === 'denied'")
+
+
+def test_g5_control_without_the_rule_for_patches_the_end_leaves_it(tab: ServedTab) -> None:
+    request = tab.page.ask(f"@@ -1 +1 @@\n-x\n+{300 * 'x '}; evil()\n", RequestType.EDIT)
+    tab.visit(f"/requests/{request.request_id}")
+    scroll = "document.querySelector('.exact .scroll')"
+    assert tab.ask(f"{scroll}.scrollWidth <= {scroll}.clientWidth")
+    tab.ask(
+        "for (const one of document.querySelectorAll('.patch td')) one.style.whiteSpace = 'pre'"
+    )
+    assert tab.ask(f"{scroll}.scrollWidth > {scroll}.clientWidth")
+
+
 def test_everything_is_reached_by_keys_alone(tab: ServedTab) -> None:
     request = tab.page.ask("by keys", RequestType.QUESTION)
     tab.visit("/")

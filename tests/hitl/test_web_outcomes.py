@@ -5,25 +5,32 @@ from __future__ import annotations
 import errno
 import html
 import json
+import math
 import socket
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from darwin_exp.chronicle import Chronicle
 from darwin_exp.hitl import web
 from darwin_exp.hitl.asked import NEVER_AUTOMATIC
 from darwin_exp.hitl.concerns import Surroundings, concern
 from darwin_exp.hitl.inbox import Author
+from darwin_exp.hitl.outcomes import Outcomes
 from darwin_exp.hitl.requests import (
     Decision,
+    Refused,
     Request,
     RequestType,
+    Standing,
     State,
     answer_payload,
+    check_revocation,
     content_of,
     edit_content,
     fold,
@@ -55,6 +62,34 @@ def run(tmp_path: Path) -> Peopled:
 
 def page_of(page: Served, request: Request) -> str:
     return html.unescape(page.get(f"/requests/{request.request_id}").text)
+
+
+def chronicle_of(page: Served) -> Chronicle:
+    facts = page.pages.live.view().facts
+    assert facts is not None
+    return facts.chronicle
+
+
+def population(page: Served) -> list[str]:
+    """Return who lived when the last generation was closed."""
+    last = list(chronicle_of(page).of_kind("generation"))[-1]
+    return list(last.payload["population"])
+
+
+def alive(page: Served) -> str:
+    return population(page)[-1]
+
+
+def died_out(page: Served) -> str:
+    """Return an agent that is dead, and of whom nobody descends that lives."""
+    chronicle = chronicle_of(page)
+    living = set(population(page))
+    for name in population(page):
+        one = chronicle.agent(name)
+        while one is not None and one.parent_ids:
+            living |= set(one.parent_ids)
+            one = chronicle.agent(one.parent_ids[0])
+    return next(one.individual_id for one in chronicle.rewrites if one.individual_id not in living)
 
 
 def state_of(page: Served, request: Request) -> State:
@@ -106,6 +141,52 @@ def test_g3_control_a_path_that_is_allowed_raises_no_concern(served: Served) -> 
     moved = content_of({"moves": {"model.py": "parts/model.py"}})
     for kind, content in ((RequestType.SCRIPT, script), (RequestType.FILE_STRUCTURE, moved)):
         assert 'id="concern"' not in page_of(served, served.ask(content, kind))
+
+
+def test_g3_a_script_that_would_take_the_place_of_a_file_is_told(served: Served) -> None:
+    script = content_of({"path": "train.py", "text": "x = 1\n"})
+    text = page_of(served, served.ask(script, RequestType.SCRIPT, asked_by=alive(served)))
+    assert 'id="concern"' in text
+    assert "'train.py' is there already" in text
+
+
+def test_g3_a_restructuring_says_which_files_it_replaces(served: Served) -> None:
+    asker = alive(served)
+    files = {"train.py": "x = 1\n", "parts/warm.py": "y = 1\n"}
+    replacing = served.ask(content_of({"files": files}), RequestType.FILE_STRUCTURE, asked_by=asker)
+    text = page_of(served, replacing)
+    assert "it replaces all of 'train.py' in the code of whoever asked" in text
+    assert 'id="concern"' not in text, "and would be carried out"
+    del files["train.py"]
+    adding = served.ask(content_of({"files": files}), RequestType.FILE_STRUCTURE, asked_by=asker)
+    assert 'id="remark"' not in page_of(served, adding)
+
+
+@pytest.mark.parametrize("kind", [RequestType.SCRIPT, RequestType.FILE_STRUCTURE])
+def test_g3_what_is_for_a_line_that_died_out_is_told(served: Served, kind: RequestType) -> None:
+    told: dict[str, Any] = {"path": "warm.py", "text": "x = 1\n"}
+    if kind is RequestType.FILE_STRUCTURE:
+        told = {"files": {"warm.py": "x = 1\n"}}
+    request = served.ask(content_of(told), kind, asked_by=died_out(served))
+    assert "neither who asked for it nor any descendant lives" in page_of(served, request)
+    served.ask(content_of(told), kind, asked_by=alive(served))
+    assert 'id="concern"' not in page_of(served, request), "one that asked too lives"
+
+
+def test_g3_whoever_died_asks_for_its_descendants(served: Served) -> None:
+    chronicle = chronicle_of(served)
+    living = [chronicle.agent(name) for name in population(served)]
+    parents = {name for one in living if one for name in one.parent_ids} - {*population(served)}
+    asker = sorted(parents)[0]
+    known = Surroundings.of(chronicle, [asker])
+    assert not known.is_line_dead
+    assert known.genome is not None
+    heirs = [one for one in living if one and asker in one.parent_ids]
+    fittest = max(heirs, key=lambda one: one.fitness or -math.inf)
+    assert known.genome == chronicle.genome_of(fittest.individual_id)
+    assert Surroundings.of(chronicle, [fittest.individual_id]).genome == known.genome
+    assert Surroundings.of(chronicle, [died_out(served)]).is_line_dead
+    assert Surroundings.of(None, [asker]) == Surroundings()
 
 
 def test_g3_a_link_is_no_part_of_a_request_and_a_file_that_is_not_there_is_told(
@@ -172,6 +253,7 @@ def test_g4_a_source_that_the_configuration_does_not_allow_is_told() -> None:
         (RequestType.LIBRARY, {"requirement": "x @ http://evil.example/x.whl"}, "an address"),
         (RequestType.RESOURCES, {"key": "seed", "value": 4}, "none of budget_seconds"),
         (RequestType.RESOURCES, {"key": "max_steps", "value": 1.5}, "whole number"),
+        (RequestType.RESOURCES, {"key": "memory_mb", "value": 10**30}, "at most"),
         (RequestType.BUDGET, {"key": "max_hours", "value": -1}, "above zero"),
     ],
 )
@@ -260,6 +342,21 @@ def test_g9_every_form_is_about_one_request_and_none_says_yes_to_all(served: Ser
 # --- what came of it ------------------------------------------------------------------------------
 
 
+def reviewed(run: Peopled) -> Request:
+    """Approve a rewrite that waited for its review."""
+    request = run.ask(RequestType.EDIT, REVIEWED, patch_of="g00-i03")
+    run.answer(request, Decision.APPROVE)
+    return request
+
+
+def revoke(run: Peopled, request: Request) -> None:
+    run.inbox.append("revoked", {"request_id": request.request_id}, ANN)
+
+
+def standing_of(run: Peopled, request: Request) -> Standing:
+    return fold(run.inbox.entries(), run.folder.name).requests[request.request_id]
+
+
 def test_an_approval_says_that_it_is_to_come_and_then_what_came_of_it(run: Peopled) -> None:
     with Served(run.folder) as page:
         page.enter()
@@ -291,6 +388,77 @@ def test_what_failed_and_what_the_end_of_the_run_holds_up_are_told(run: Peopled)
         assert "failed in generation 3: a library goes into a new image" in page_of(page, failed)
         assert "the run has ended; it takes effect if the run is resumed" in page_of(page, late)
         assert "revoked before it had any effect" in page_of(page, never)
+
+
+@pytest.mark.parametrize("verdict", ["approved", "changed"])
+def test_a_rewrite_that_went_on_was_not_revoked_before_it_had_any_effect(
+    run: Peopled, verdict: str
+) -> None:
+    request = reviewed(run)
+    run.review(request, verdict)
+    revoke(run, request)
+    words = "its individual, g00-i03, and those who descend from it live no longer from the next"
+    told = Outcomes.read(run.folder).of_request(standing_of(run, request))
+    assert told is not None
+    assert words in told.sentence
+    assert "claim" not in told.sentence
+    with Served(run.folder) as page:
+        page.enter()
+        assert words in page_of(page, request)
+        assert "before it had any effect" not in page_of(page, request)
+
+
+@pytest.mark.parametrize("verdict", [None, "denied", "expired"])
+def test_control_a_rewrite_that_did_not_go_on_was_revoked_in_time(
+    run: Peopled, verdict: str | None
+) -> None:
+    request = reviewed(run)
+    if verdict is not None:
+        run.review(request, verdict)
+    revoke(run, request)
+    told = Outcomes.read(run.folder).of_request(standing_of(run, request))
+    assert told is not None
+    assert told.sentence == "revoked before it had any effect"
+
+
+def test_g2_a_claim_that_was_made_stands_though_its_review_is_revoked(run: Peopled) -> None:
+    request = reviewed(run)
+    told = {"individual_id": "g00-i03", "request_id": request.request_id, "verdict": "approved"}
+    run.add("review", "champion/after-g01/g00-i03", told)
+    revoke(run, request)
+    before = Outcomes.read(run.folder).of_request(standing_of(run, request))
+    assert before is not None
+    assert "a claim that is under way is made" in before.sentence
+    run.add("claim", "after-g01", {"selected_id": "g00-i03", "baseline_id": "g00-i00"})
+    after = Outcomes.read(run.folder).of_request(standing_of(run, request))
+    assert after is not None
+    assert after.sentence.endswith("; the claim stands")
+
+
+def test_a_cap_is_set_anew_and_not_revoked(run: Peopled) -> None:
+    request = run.approved(RequestType.BUDGET, content_of({"key": "max_hours", "value": 3}))
+    run.take()
+    run.add("budget", "2", {"key": "max_hours", "value": 3})
+    with Served(run.folder) as page:
+        page.enter()
+        address = f"/requests/{request.request_id}"
+        assert f'action="{address}/revoke"' not in page.get(address).text
+        assert "set another" in page_of(page, request)
+    with pytest.raises(Refused, match="set anew"):
+        check_revocation(standing_of(run, request))
+    # An inbox of before that rule was one.
+    revoked = replace(standing_of(run, request), state=State.REVOKED, granted_content=None)
+    told = Outcomes.read(run.folder).of_request(revoked)
+    assert told is not None
+    assert told.sentence.startswith("it came too late: max_hours is 3 from now on")
+
+
+def test_an_answer_in_words_that_is_revoked_is_told_and_no_more(run: Peopled) -> None:
+    request = run.approved(RequestType.QUESTION, "may I?")
+    revoke(run, request)
+    told = Outcomes.read(run.folder).of_request(standing_of(run, request))
+    assert told is not None
+    assert told.sentence == "revoked; whoever asked is told so with the next prompt"
 
 
 def test_a_budget_that_was_granted_is_told_with_the_cap_that_it_set(run: Peopled) -> None:

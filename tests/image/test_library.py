@@ -26,7 +26,13 @@ from darwin_exp.image import (
     resolve_image,
     with_library,
 )
-from darwin_exp.image.library import LIBRARIES, LIBRARY_KIND, STAGE
+from darwin_exp.image.library import (
+    LIBRARIES,
+    LIBRARY_KIND,
+    STAGE,
+    image_is_here,
+    with_libraries,
+)
 from darwin_exp.image.recipe import KIND
 from darwin_exp.image.store import open_store
 from darwin_exp.image.wheels import fetch, refuse_intruders, unpack
@@ -35,7 +41,11 @@ from darwin_exp.protocols import Launch, Limits, SandboxUnavailable, Zone
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 PROBE = "darwin-probe==1.0"
-TORCH = "import torch; print(torch.__version__, torch.__file__)"
+# Without importing it, which takes many seconds: where it comes from, and which one it is.
+TORCH = """
+import importlib.metadata, importlib.util
+print(importlib.metadata.version("torch"), importlib.util.find_spec("torch").origin)
+"""
 
 
 def wheel(
@@ -71,6 +81,10 @@ def wheel(
 def digest(text: str) -> str:
     summed = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest())
     return f"sha256={summed.decode().rstrip('=')}"
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def module(name: str, answer: int = 42) -> dict[str, str]:
@@ -210,8 +224,8 @@ class TestWheels:
     ) -> None:
         contents = {**module("darwin_probe"), **files}
         made = wheel(tmp_path, "darwin-probe", contents, entry_points=entry_points)
-        unpack([made], PYTHON, tmp_path / "library")
-        assert (tmp_path / "library" / "darwin_probe" / "more.py").is_file()
+        with zipfile.ZipFile(made) as archive:
+            archive.extractall(tmp_path / "library")
         held = {"torch", "numpy", *sys.stdlib_module_names}
         if problem is None:
             refuse_intruders(tmp_path / "library", held)
@@ -228,7 +242,13 @@ class TestWheels:
         with pytest.raises(LibraryRefused, match="nothing that code could import"):
             fetch(parse_requirement(PROBE), PYTHON, {}, tmp_path / "pip", print)
 
-    def test_a_broken_wheel_is_an_error_in_one_line(self, tmp_path: Path) -> None:
+    def test_a_wheel_is_laid_out_and_a_broken_one_is_an_error_in_one_line(
+        self, tmp_path: Path
+    ) -> None:
+        unpack(
+            [wheel(tmp_path, "darwin-probe", module("darwin_probe"))], PYTHON, tmp_path / "whole"
+        )
+        assert (tmp_path / "whole" / "darwin_probe" / "more.py").is_file()
         broken = tmp_path / "darwin_probe-1.0-py3-none-any.whl"
         broken.write_bytes(b"PK and no more")
         with pytest.raises(ImageError, match="cannot unpack darwin_probe-1") as failed:
@@ -260,11 +280,20 @@ def test_without_an_engine_it_is_said_with_what_to_install(
     monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/engine.sock")
     with pytest.raises(SandboxUnavailable, match=r"engine\.sock.*apt-get install docker\.io"):
         with_library("darwin-trainer", PROBE, print)
+    with pytest.raises(SandboxUnavailable, match="apt-get install"):
+        image_is_here("darwin-trainer")
     with pytest.raises(LibraryRefused):  # which needs no engine to be seen
         with_library("darwin-trainer", "einops", print)
+    assert with_libraries("darwin-trainer", (), print) == ()
 
 
 # --- with an engine ------------------------------------------------------------------------------
+
+
+def probe_and_part(folder: Path) -> tuple[Path, Path]:
+    needs = ("darwin-part==1.0.0", "torch>=2", "numpy")
+    probe = wheel(folder, "darwin-probe", module("darwin_probe"), needs=needs)
+    return probe, wheel(folder, "darwin-part", module("darwin_part", 7))
 
 
 @pytest.fixture(scope="module")
@@ -273,13 +302,7 @@ def library(
 ) -> Iterator[LibraryImage]:
     """The training image and a library that needs another, torch and numpy."""
     folder = tmp_path_factory.mktemp("index")
-    wheel(
-        folder,
-        "darwin-probe",
-        module("darwin_probe"),
-        needs=("darwin-part==1.0.0", "torch>=2", "numpy"),
-    )
-    wheel(folder, "darwin-part", module("darwin_part", 7), "1.0")
+    probe_and_part(folder)
     with pytest.MonkeyPatch.context() as patch:
         offline(patch, folder)
         made = with_library(training_image, "Darwin_Probe == 1.0", print)
@@ -352,12 +375,16 @@ class TestImageWithALibrary:
             assert after.get(key) == before.get(key), key
         assert after["User"] == "65532:65532"
 
-    def test_it_says_what_came_into_the_image_and_what_code_imports(
-        self, library: LibraryImage
+    def test_g4_it_says_by_name_and_content_what_came_into_the_image_and_what_code_imports(
+        self, library: LibraryImage, tmp_path: Path
     ) -> None:
         assert library.requirement == PROBE
         assert library.import_names == ("darwin_probe",)
-        assert library.packages == ("darwin-part==1.0", "darwin-probe==1.0")
+        probe, part = map(sha256, probe_and_part(tmp_path))  # again, to the byte
+        assert library.packages == (
+            f"darwin-part==1.0 sha256:{part}",
+            f"darwin-probe==1.0 sha256:{probe}",
+        )
 
     def test_its_modules_are_compiled_because_candidates_cannot_write_beside_them(
         self, library: LibraryImage
@@ -365,10 +392,15 @@ class TestImageWithALibrary:
         program = "import darwin_probe as d, os; print(os.path.exists(d.__cached__))"
         assert said_in(library.image, program) == "True"
 
-    def test_it_is_made_once(self, training_image: str, library: LibraryImage) -> None:
+    def test_g4_it_is_made_once_whatever_the_index_holds_by_then(
+        self, training_image: str, library: LibraryImage, index: Path
+    ) -> None:
+        wheel(index, "darwin-probe", module("darwin_probe", 13))  # of the same number, and another
         said: list[str] = []
         assert with_library(training_image, PROBE, said.append) == library
-        assert [line for line in said if "building" in line] == []
+        assert said == []
+        assert image_is_here(library.image)
+        assert not image_is_here(f"sha256:{'0' * 64}")
 
     def test_it_is_labelled_and_not_taken_for_what_make_image_made(
         self, training_image: str, library: LibraryImage
@@ -381,24 +413,26 @@ class TestImageWithALibrary:
         assert found.tags[0].startswith("darwin-trainer:lib-")
         assert resolve_image()[1] == training_image
 
-    @pytest.mark.usefixtures("library")
-    def test_a_second_library_goes_on_top_of_the_first(
-        self, library: LibraryImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_libraries_go_on_top_of_each_other_in_their_order(
+        self, training_image: str, library: LibraryImage, index: Path
     ) -> None:
         needs = ("darwin-probe>=0.5",)  # which the image holds by now
-        wheel(tmp_path, "darwin-second", module("darwin_second", 8), needs=needs)
-        offline(monkeypatch, tmp_path)
-        both = with_library(library.image, "darwin-second==1.0", print)
+        second = wheel(index, "darwin-second", module("darwin_second", 8), needs=needs)
+        first, both = with_libraries(training_image, (PROBE, "darwin-second==1.0"), print)
         try:
+            assert first == library
             program = "import darwin_probe, darwin_second; print(darwin_second.ANSWER)"
             assert said_in(both.image, program) == "8"
-            assert both.packages == ("darwin-second==1.0",)
+            assert both.packages == (f"darwin-second==1.0 sha256:{sha256(second)}",)
             with open_store() as store:
                 found = store.find(both.image)
             assert found is not None
             assert found.labels[LIBRARIES] == f"{PROBE}, darwin-second==1.0"
         finally:
             forget(both.image)
+        # The control: without the first, the second has not what it needs.
+        with pytest.raises(ImageError, match="no wheels of darwin-second"):
+            with_libraries(training_image, ("darwin-second==1.0",), print)
 
     def test_what_the_image_holds_needs_no_new_one_and_another_version_is_refused(
         self, training_image: str, index: Path
@@ -423,28 +457,23 @@ class TestImageWithALibrary:
 
 
 class TestOnABareImage:
-    def test_g4_its_code_is_not_run_to_install_it(
+    def test_g4_its_code_is_not_run_to_install_it_however_its_version_is_written(
         self, docker_image: str, index: Path, tmp_path: Path
     ) -> None:
         mark = tmp_path / "it-ran"
         code = f"open({str(mark)!r}, 'w').close()\nraise SystemExit('it ran')\n"
-        wheel(index, "darwin-breaks", {"darwin_breaks.py": code})
-        made = with_library(docker_image, "darwin-breaks==1.0", print)
+        version = f"2024.1.{os.getpid()}"  # so that nothing is found that a test left behind
+        padded = version.replace(".1.", ".01.")
+        by_hand = wheel(index, "darwin-breaks", {"darwin_breaks.py": code}, padded)
+        made = with_library(docker_image, f"darwin-breaks=={version}", print)
         try:
             assert made.import_names == ("darwin_breaks",)
+            assert made.packages == (f"darwin-breaks=={version} sha256:{sha256(by_hand)}",)
             with pytest.raises(ImageError):  # the control: it does break whoever runs it
                 said_in(made.image, "import darwin_breaks")
         finally:
             forget(made.image)
         assert not mark.exists()
-
-    def test_a_version_that_is_written_in_another_way_is_the_same(
-        self, docker_image: str, index: Path
-    ) -> None:
-        wheel(index, "darwin-dated", module("darwin_dated"), version="2024.01.05")
-        made = with_library(docker_image, "darwin-dated==2024.1.5", print)
-        forget(made.image)
-        assert made.packages == ("darwin-dated==2024.1.5",)
 
     @pytest.mark.usefixtures("docker_image")
     def test_an_image_that_is_not_here_is_an_error_with_its_cure(self) -> None:

@@ -105,10 +105,10 @@ def test_a_call_that_exactly_reaches_a_cap_is_made() -> None:
 def test_f10_a_cap_that_a_person_sets_while_the_run_goes_on_holds_from_then_on() -> None:
     money = Money(None, None, 2, PRICES)
     money.reserve("a/0.0", 10, 0.1)
-    money.follow(capped("llm.max_calls", 1))
+    money.follow(capped("llm.max_calls", 1, configured=2))
     with pytest.raises(Stopped, match=r"llm\.max_calls=1"):
         money.reserve("b/0.0", 10, 0.1)
-    money.follow(capped("llm.max_calls", 3))
+    money.follow(capped("llm.max_calls", 3, configured=2))
     money.reserve("b/0.0", 10, 0.1)
     money.follow(capped("max_hours", 1))
     money.follow(capped("llm.max_usd", 5.0))
@@ -116,8 +116,15 @@ def test_f10_a_cap_that_a_person_sets_while_the_run_goes_on_holds_from_then_on()
         money.reserve("c/0.0", 10, None)
 
 
-def capped(key: str, value: float) -> Event:
-    return Event(1, "budget", "7", {"key": key, "value": value})
+def test_a_cap_that_is_configured_anew_wins_over_one_that_a_person_set_before() -> None:
+    money = Money(None, None, 5, PRICES)
+    money.follow(capped("llm.max_calls", 1, configured=2))
+    money.reserve("a/0.0", 10, 0.1)
+    money.reserve("b/0.0", 10, 0.1)
+
+
+def capped(key: str, value: float, configured: float | None = None) -> Event:
+    return Event(1, "budget", "7", {"key": key, "value": value, "configured": configured})
 
 
 def test_prices_are_for_a_million_tokens_and_this_machine_is_free() -> None:

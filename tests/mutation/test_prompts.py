@@ -375,12 +375,22 @@ def test_f14_guidance_cannot_pass_for_another_section_and_objections_are_quoted(
 
 
 def test_f14_a_note_cannot_pass_for_another_section_and_the_last_of_many_stay() -> None:
-    prompt = draft(request(guidance=(INJECTION, *(f"note {k} " + "x" * 500 for k in range(50)))))
+    notes = (INJECTION, *(f"note {k} " + "x" * 500 for k in range(50)))
+    prompt = draft(request(guidance=notes, came_of_requests=(INJECTION,)))
     assert sections(prompt).count("Guidance from people") == 1
     assert sections(prompt).count("Your answer") == 1
     assert user(prompt).count("\nForm: ") == 1
     assert "note 49" in user(prompt)
     assert "note 2 " not in user(prompt)
+
+
+def test_f14_what_became_of_requests_is_data_and_pushes_no_note_of_peoples_out() -> None:
+    many = tuple(f"request {k:04} (question): People say: copy g01-i01" for k in range(500))
+    told = user(draft(request(guidance=("keep it small",), came_of_requests=many)))
+    assert "\n> - keep it small\n" in told
+    assert "\n| request 0499" in told
+    assert len(re.findall("People say", told)) < 100
+    assert "\n> request" not in told
 
 
 def test_an_earlier_answer_is_shown_again_but_not_all_of_a_long_one() -> None:

@@ -21,6 +21,7 @@ from markupsafe import Markup
 from darwin_exp.hitl.audit import lost
 from darwin_exp.hitl.concerns import Surroundings, concern_about
 from darwin_exp.hitl.inbox import Author, Entry, canonical
+from darwin_exp.hitl.outcomes import in_words
 from darwin_exp.hitl.requests import BUDGETS, Standing
 from darwin_exp.hitl.web import portrait, shown
 from darwin_exp.hitl.web.desk import Desk, Desktop
@@ -29,8 +30,8 @@ from darwin_exp.hitl.wishes import FORMS
 from darwin_exp.report import charts, lineage
 from darwin_exp.report.effects import MFU, PERPLEXITY, log_ratio, percent_of
 from darwin_exp.report.facts import STATUS_IN_WORDS, Facts, signed, slots
-from darwin_exp.report.patch import visible
 from darwin_exp.report.people import people
+from darwin_exp.unseen import visible
 from darwin_exp.wording import number
 
 HERE = Path(__file__).parent
@@ -194,9 +195,10 @@ class Pages:
             f"{row.kind_in_words}: {row.headline}",
             "/",
             one=row,
-            concern=concern_about(standing, view.outcomes, lambda: self.surroundings(standing)),
+            worry=concern_about(standing, view.outcomes, lambda: self.surroundings(standing)),
             content=shown.parts(request.type, request.content[: shown.LARGEST_SHOWN]),
             content_as_text=request.content,
+            is_spelt_out=visible(request.content) != request.content,
             form=FORMS.get(request.type, ""),
             is_shown_whole=len(request.content) <= shown.LARGEST_SHOWN,
             granted=shown.parts(request.type, granted) if is_other and granted else (),
@@ -207,7 +209,7 @@ class Pages:
     def surroundings(self, standing: Standing) -> Surroundings:
         """Return what a request is judged against, as far as the run has recorded it."""
         facts = self.live.view().facts
-        return Surroundings.of(facts.chronicle if facts else None, standing.request.asked_by)
+        return Surroundings.of(facts.chronicle if facts else None, standing.askers)
 
     def guidance(self) -> str:
         """Return the page of what people tell agents and the run."""
@@ -221,7 +223,7 @@ class Pages:
             is_stopping=bool(board.stops),
             pins=tuple(board.pins),
             vetoes=tuple(board.vetoes),
-            budgets=sorted(board.budgets.items()),
+            budgets=[in_words(*cap) for cap in sorted(board.budgets.items())],
             budget_keys=sorted(BUDGETS),
             entries=shown.told(e for e in desktop.entries[::-1] if e.kind in STEERING),
         )

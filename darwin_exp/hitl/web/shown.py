@@ -15,8 +15,18 @@ from markupsafe import Markup, escape
 
 from darwin_exp.hitl.inbox import Author, Entry
 from darwin_exp.hitl.outcomes import Outcome, Outcomes
-from darwin_exp.hitl.requests import GRANTED, HARNESS, Request, RequestType, Standing, State
-from darwin_exp.report.patch import Line, visible
+from darwin_exp.hitl.requests import (
+    GRANTED,
+    HARNESS,
+    Refused,
+    Request,
+    RequestType,
+    Standing,
+    State,
+    check_revocation,
+)
+from darwin_exp.report.patch import Line
+from darwin_exp.unseen import spelt_out
 
 LARGEST_SHOWN = 400_000  # characters; what is longer cannot be read, and so not approved, here
 KINDS_IN_WORDS = {
@@ -52,6 +62,7 @@ class Row:
         agent: the agent that asked; None where the harness did.
         tone: of its pill: waiting, yes or no.
         may_approve: whether a yes would still count.
+        may_revoke: whether taking a yes back would.
         is_open: whether it waits.
         outcome: what came of the answer, as far as the run has got.
     """
@@ -73,6 +84,7 @@ class Row:
     is_open: bool
     may_approve: bool
     is_granted: bool
+    may_revoke: bool
     outcome: Outcome | None
 
     @classmethod
@@ -99,8 +111,17 @@ class Row:
             standing.waits,
             standing.waits or late,
             state in GRANTED,
+            _may_revoke(standing),
             outcomes.of_request(standing),
         )
+
+
+def _may_revoke(standing: Standing) -> bool:
+    try:
+        check_revocation(standing)
+    except Refused:
+        return False
+    return True
 
 
 def headline(request: Request) -> str:
@@ -132,16 +153,16 @@ class Part:
 
 def parts(kind: RequestType, content: str) -> list[Part]:
     """Return a content for reading: whole, and then its longer texts as they will be used."""
-    if kind is RequestType.EDIT or _HUNK.search(content):
+    if kind is RequestType.EDIT:
         return [Part("the patch", lines=tuple(patch_lines(content)))]
-    found = [Part("the whole content", content)]
+    found = [Part("the whole content", spelt_out(content))]
     try:
         told = json.loads(content)
     except (ValueError, RecursionError):
         return found
     if isinstance(told, dict):
         found += [
-            Part(f"its {name}, with line breaks", text)
+            Part(f"its {name}, with line breaks", spelt_out(text))
             for name, text in told.items()
             if isinstance(text, str) and "\n" in text
         ]
@@ -155,7 +176,7 @@ def patch_lines(text: str) -> Iterator[Line]:
     a patch is shown as text.
     """
     before = after = left_before = left_after = 0
-    for line in visible(text).removesuffix("\n").split("\n"):
+    for line in spelt_out(text).removesuffix("\n").split("\n"):
         head = _HUNK.match(line)
         if left_before <= 0 and left_after <= 0 and head:
             before, after = int(head[1]), int(head[3])
@@ -167,7 +188,8 @@ def patch_lines(text: str) -> Iterator[Line]:
         elif line.startswith("+") and left_after > 0:
             yield Line("added", None, after, escape(line[1:]))
             after, left_after = after + 1, left_after - 1
-        elif line.startswith(" ") and left_before > 0 and left_after > 0:
+        elif (not line or line.startswith(" ")) and left_before > 0 and left_after > 0:
+            # An empty line whose space an editor has taken is one of the hunk, too.
             yield Line("same", before, after, escape(line[1:]))
             before, left_before = before + 1, left_before - 1
             after, left_after = after + 1, left_after - 1
