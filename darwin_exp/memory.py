@@ -18,6 +18,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -27,6 +28,7 @@ from darwin_exp.protocols import Lesson
 
 VERSION = 1
 SCOPES = ("lineage", "population", "library")
+ELSEWHERE = "library/"  # before the names of another run's agents
 
 
 class NoMemory:
@@ -86,7 +88,8 @@ class JsonMemory:
         self._folder = folder
         self._scope = scope
         self._capacity = capacity
-        self._library = library if scope == "library" else ()
+        # Agents of all runs have the same names, and nobody here had a part in those.
+        self._library = tuple(map(_of_another_run, library)) if scope == "library" else ()
         self._visible: dict[str, Lesson] = {}
         self._learnt: dict[str, Lesson] = {}  # all of it, the generation under way included
         self._entries: dict[str, dict[str, Lesson]] = {}  # by agent, then by individual
@@ -189,6 +192,16 @@ def from_snapshot(snapshot: Mapping[str, Any]) -> tuple[Lesson, ...]:
 def content_hash(lessons: Iterable[Lesson]) -> str:
     """Return the SHA-256 of lessons in their order, 64 hexadecimal digits."""
     return hashlib.sha256(_to_bytes([_to_entry(lesson) for lesson in lessons])).hexdigest()
+
+
+def _of_another_run(lesson: Lesson) -> Lesson:
+    """Return a lesson with names of agents that no agent of this run has."""
+    return replace(
+        lesson,
+        individual_id=f"{ELSEWHERE}{lesson.individual_id}",
+        parent_id=f"{ELSEWHERE}{lesson.parent_id}",
+        editor_id=f"{ELSEWHERE}{lesson.editor_id}",
+    )
 
 
 def _who_knows(lesson: Lesson) -> set[str]:

@@ -343,9 +343,7 @@ class HitlConfig:
     )
     stuck_generations: int | None = _key(3, "ask people after so many without a gain", True)
     notify_command: str = _key("", "run when something waits; gets JSON on standard input", True)
-    notify_url: str = _key(
-        "", "address that gets a POST of that JSON, or env:NAME of a variable that holds it", True
-    )
+    notify_url: str = _key("", "gets a POST of that JSON; env:NAME reads a secret address", True)
 
 
 @dataclass

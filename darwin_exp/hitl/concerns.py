@@ -117,12 +117,12 @@ def _carry_out(request: Request, content: str, known: Surroundings) -> None:
             _check_dataset(content, known.sources)
         case RequestType.SCRIPT | RequestType.FILE_STRUCTURE:
             wish = TreeWish.read(request.type, content)
-            if known.is_line_dead:
-                raise Refused("neither who asked for it nor any descendant lives")
             if known.genome is not None:
                 wish.changes(known.genome)
             else:
                 all_allowed([*wish.files, *wish.moves.values()], ())
+            if known.is_line_dead:
+                raise Refused("neither who asked for it nor any descendant lives")
         case RequestType.LIBRARY:
             _check_library(requirement_of(content))
         case RequestType.RESOURCES:

@@ -322,7 +322,7 @@ def _models(facts: Facts) -> dict[str, Any]:
     if first.n:
         failed = f"Error rate {100 * first.n_not_ok / first.n:.0f} %: "
         failed += f"of {_count(first.n, 'first attempt')}, {first.n_not_ok} not OK."
-    mended = "No failure was there to be mended."
+    mended = "Nothing failed."
     if first.n_not_ok:
         mended = f"Resolution rate {100 * first.n_repaired / first.n_not_ok:.0f} %: "
         mended += f"{first.n_repaired} of {first.n_not_ok} mended in the same generation."

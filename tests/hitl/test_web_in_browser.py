@@ -141,6 +141,8 @@ def test_g5_control_without_the_rule_for_patches_the_end_leaves_it(tab: ServedTa
         "for (const one of document.querySelectorAll('.patch td')) one.style.whiteSpace = 'pre'"
     )
     assert tab.ask(f"{scroll}.scrollWidth > {scroll}.clientWidth")
+    tab.click("button[value='deny']")
+    tab.wait_until("document.querySelector('.pill.no')?.textContent === 'denied'")
 
 
 def test_everything_is_reached_by_keys_alone(tab: ServedTab) -> None:
