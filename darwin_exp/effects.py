@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from darwin_exp.archive import fitness_or_least
@@ -22,39 +21,16 @@ from darwin_exp.hitl.requests import Board, RequestType, State
 from darwin_exp.hitl.wishes import DatasetWish, Setting, TreeWish, requirement_of
 from darwin_exp.individual import Individual
 from darwin_exp.journal import Journal
-from darwin_exp.protocols import Event, SandboxUnavailable
-from darwin_exp.trials import BASE_ID, Broken
+from darwin_exp.means import Found, Means, expected_failures, passing_failures
+from darwin_exp.protocols import Event
+from darwin_exp.trials import BASE_ID
 
-Found = tuple[str, dict[str, Any]]  # a sentence for people, and what the run needs to know
 OF_TREES = (RequestType.SCRIPT, RequestType.FILE_STRUCTURE)
 OF_CONDITIONS = (RequestType.DATASET, RequestType.LIBRARY, RequestType.RESOURCES)
 
 
 class _Postponed(Exception):
     """An approval cannot be carried out at the moment."""
-
-
-@dataclass(frozen=True)
-class Means:
-    """What effects are carried out with.
-
-    Attributes:
-        data_folder: the run's prepared data, which nothing changes.
-        data_root: where extra texts are prepared.
-        max_overlap: share of an extra text that may stand in what is held out, and is removed.
-        dataset_sources: ways of getting text that the configuration allows.
-        forbidden: folders that no extra text may be read from.
-        image: of the run's containers; None where there are none.
-        announce: told of every effect, in a sentence.
-    """
-
-    data_folder: Path
-    data_root: Path
-    max_overlap: float = 0.5
-    dataset_sources: tuple[str, ...] = ()
-    forbidden: tuple[Path, ...] = ()
-    image: str | None = None
-    announce: Callable[[str], None] = lambda _: None
 
 
 @dataclass(frozen=True)
@@ -116,6 +92,7 @@ class Effects:
             for event in self._journal.of_kind(kind)
             if event.payload["generation"] == generation
             and event.payload["type"] in {one.value for one in OF_CONDITIONS}
+            and event.payload.get("outcome") != "failed"
         ]
         return Carried(self._conditions(generation), tuple(commissions), tuple(because))
 
@@ -166,18 +143,12 @@ class Effects:
         return tuple(told)
 
     def verify(self, conditions: Conditions) -> None:
-        """Check that what individuals are trained on is what was approved.
+        """Check that what individuals are trained on and in is what was approved.
 
         Raises:
-            Broken: an extra text is missing, or is another one now.
+            Broken: an extra text or an image is missing, or is another one now.
         """
-        from data import DataError, verify_extra
-
-        try:
-            for extra in conditions.extra_train:
-                verify_extra(Path(extra.file), extra.content_hash)
-        except DataError as error:
-            raise Broken(str(error)) from error
+        self._means.verify(conditions)
 
     # --- what was done ---------------------------------------------------------------------------
 
@@ -209,11 +180,25 @@ class Effects:
             if event.payload["type"] == RequestType.DATASET.value:
                 extra.append(ExtraFile(details["file"], details["content_hash"]))
             elif event.payload["type"] == RequestType.LIBRARY.value:
-                changed["image"] = details["image"]
                 libraries += details["import_names"]
             elif event.payload["type"] == RequestType.RESOURCES.value:
                 changed[details["key"]] = details["value"]
-        return Conditions(tuple(extra), libraries=tuple(libraries), **changed)
+        image = self._image(generation)
+        return Conditions(tuple(extra), image=image, libraries=tuple(libraries), **changed)
+
+    def _image(self, generation: int) -> str | None:
+        """Return the image that holds the libraries in force; None for the run's own."""
+        image: str | None = None
+        for event in self._journal.events():
+            if (
+                event.kind not in ("effect", "withdrawn")
+                or event.payload["generation"] > generation
+            ):
+                continue
+            told = event.payload if event.kind == "withdrawn" else event.payload["details"]
+            if event.payload["type"] == RequestType.LIBRARY.value and "image" in told:
+                image = told["image"]
+        return image
 
     # --- doing -----------------------------------------------------------------------------------
 
@@ -230,10 +215,10 @@ class Effects:
             try:
                 message, details = how()
             except Exception as failure:  # whatever it is, an approval must not end a run
-                if isinstance(failure, _passing_failures()):
+                if isinstance(failure, passing_failures()):
                     raise _Postponed(str(failure)) from failure
                 outcome, message = "failed", str(failure)
-                if not isinstance(failure, _expected_failures()):
+                if not isinstance(failure, expected_failures()):
                     message = f"{type(failure).__name__}: {failure}"
             self._means.announce(f"{request.type.value} {request.request_id}: {message}")
             return {"outcome": outcome, "message": message, "details": details}, {}
@@ -257,56 +242,11 @@ class Effects:
         content = standing.granted_content or ""
         kind = standing.request.type
         if kind is RequestType.DATASET:
-            return self._dataset(DatasetWish.read(content, self._means.dataset_sources))
+            return self._means.dataset(DatasetWish.read(content, self._means.dataset_sources))
         if kind is RequestType.LIBRARY:
-            return self._library(requirement_of(content), generation)
+            return self._means.library(requirement_of(content), self._conditions(generation).image)
         setting = Setting.read(content)
         return f"{setting.key} is {setting.value:,} from now on", vars(setting)
-
-    def _dataset(self, wish: DatasetWish) -> Found:
-        from data import prepare_extra
-
-        means = self._means
-        extra = prepare_extra(
-            means.data_folder,
-            wish.source,
-            wish.path,
-            wish.licence,
-            wish.most_mb,
-            means.data_root,
-            means.max_overlap,
-            means.announce,
-            means.forbidden,
-        )
-        told = (
-            f"extra training text of {extra.tokens:,} tokens is listed in the job's extra_train; "
-            f"{extra.removed_blocks:,} blocks that stand in held-out text were removed"
-        )
-        return told, {
-            "file": str(extra.file),
-            "content_hash": extra.content_hash,
-            "tokens": extra.tokens,
-            "bytes": extra.n_bytes,
-            "removed_blocks": extra.removed_blocks,
-            "source": extra.source,
-            "path": extra.path,
-            "licence": extra.licence,
-        }
-
-    def _library(self, requirement: str, generation: int) -> Found:
-        from darwin_exp.image import with_library
-
-        image = self._conditions(generation).image or self._means.image
-        if image is None:
-            raise Refused("a library goes into a new image, and this run has none; sandbox=docker")
-        made = with_library(image, requirement, self._means.announce)
-        names = ", ".join(made.import_names)
-        told = f"{made.requirement} may be imported ({names})"
-        return told, {
-            "requirement": made.requirement,
-            "image": made.image,
-            "import_names": list(made.import_names),
-        }
 
     def _commission(
         self,
@@ -363,7 +303,19 @@ class Effects:
     ) -> None:
         def compute() -> tuple[dict[str, Any], dict[str, Any]]:
             self._means.announce(f"{done.payload['type']} {done.key}: {message}")
-            return {"message": message, "carriers": list(carriers)}, {}
+            told: dict[str, Any] = {"message": message, "carriers": list(carriers)}
+            if done.payload["type"] == RequestType.LIBRARY.value:
+                left = [
+                    event.payload["details"]["requirement"]
+                    for event in self._in_force(generation)
+                    if event.payload["type"] == done.payload["type"] and event.key != done.key
+                ]
+                try:
+                    told["image"] = self._means.image_with(left)
+                except (*expected_failures(), *passing_failures()) as failure:
+                    # What may be imported is checked in any case.
+                    self._means.announce(f"the image keeps {done.key}: {failure}")
+            return told, {}
 
         self._journal.once(
             "withdrawn",
@@ -402,18 +354,3 @@ def _descendants(name: str | None, everyone: Mapping[str, Individual]) -> set[st
         if found & set(one.parent_ids):
             found.add(one.individual_id)
     return found
-
-
-def _expected_failures() -> tuple[type[Exception], ...]:
-    """Return what keeps an approval from being carried out without being a defect of ours."""
-    from darwin_exp.image import ImageError
-    from data import DataError
-
-    return (Refused, DataError, ImageError)
-
-
-def _passing_failures() -> tuple[type[Exception], ...]:
-    """Return what may be otherwise in a while: no network, no container engine."""
-    from data import DataUnavailable
-
-    return (DataUnavailable, SandboxUnavailable)

@@ -124,7 +124,7 @@ def _unknown_key(key: str) -> str:
     known = [name for name, _ in _described_keys()] + list(GROUPS)
     if key in known:
         group = key.partition(".")[0]
-        return f"{key}: the {group} chosen here has no such key; choose one that has, with {group}=NAME"
+        return f"{key}: the {group} chosen here has no such key; {group}=NAME chooses another"
     close = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {close[0]}?" if close else "`--help` lists the keys"
     return f"{key}: there is no such key; {hint}"

@@ -15,12 +15,13 @@ from typing import Any
 
 from darwin_exp import schema
 from darwin_exp.config import ConfigError
-from darwin_exp.effects import Effects, Means
+from darwin_exp.effects import Effects
 from darwin_exp.hitl.inbox import FILE_NAME, Inbox
 from darwin_exp.hitl.notify import Notifier, NotifyError
 from darwin_exp.hitl.policy import Policy, PolicyError
 from darwin_exp.individual import DataSpec
 from darwin_exp.journal import Journal
+from darwin_exp.means import Means
 from darwin_exp.people import People
 from darwin_exp.protocols import Event
 from darwin_exp.reviews import Reviews

@@ -10,6 +10,8 @@
 from darwin_exp.image.finding import check_cuda as check_cuda
 from darwin_exp.image.finding import resolve_image as resolve_image
 from darwin_exp.image.library import LibraryImage as LibraryImage
+from darwin_exp.image.library import image_is_here as image_is_here
+from darwin_exp.image.library import with_libraries as with_libraries
 from darwin_exp.image.library import with_library as with_library
 from darwin_exp.image.making import base_image as base_image
 from darwin_exp.image.making import training_image as training_image

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from darwin_exp.effects import Effects, Means
+from darwin_exp.effects import Effects
 from darwin_exp.evolution import Parts, Plan, evolve
 from darwin_exp.fitness import Fitness, PerplexityFitness
 from darwin_exp.hitl.inbox import FILE_NAME, Inbox
@@ -33,6 +33,7 @@ from darwin_exp.individual import (
     TrainingSpec,
 )
 from darwin_exp.journal import Journal
+from darwin_exp.means import Means
 from darwin_exp.memory import JsonMemory
 from darwin_exp.people import People
 from darwin_exp.protocols import EditFailed, EditRequest, InfrastructureFailure, Memory

@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 
 from darwin_exp.asking import nearly_spent
-from darwin_exp.effects import Effects, Means
+from darwin_exp.effects import Effects
 from darwin_exp.hitl.asked import Decision, RequestType, State
 from darwin_exp.hitl.inbox import Author, InboxError
 from darwin_exp.hitl.policy import Policy, Way
 from darwin_exp.hitl.requests import Board, answer, fold, hash_of
 from darwin_exp.individual import Job, JobResult, Proposal, Purpose, Reason, Status
 from darwin_exp.journal import Journal, comparable, load
+from darwin_exp.means import Means
 from darwin_exp.protocols import (
     EditRequest,
     Event,

@@ -10,7 +10,7 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 
-from darwin_exp.effects import Effects, Means
+from darwin_exp.effects import Effects
 from darwin_exp.evolution import Parts, Plan, evolve
 from darwin_exp.fitness import PerplexityFitness
 from darwin_exp.individual import (
@@ -33,6 +33,7 @@ from darwin_exp.llm import Exchanges
 from darwin_exp.llm.choosing import Own
 from darwin_exp.llm.money import Money
 from darwin_exp.llm.wire import Wire
+from darwin_exp.means import Means
 from darwin_exp.memory import JsonMemory
 from darwin_exp.mutation import LanguageModelMutator
 from darwin_exp.mutation.prompt import Surroundings
