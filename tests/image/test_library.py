@@ -18,6 +18,18 @@ from typing import Any
 
 import pytest
 
+from darwin_exp.conditions import Conditions
+from darwin_exp.effects import Effects
+from darwin_exp.hitl.inbox import Author, Inbox
+from darwin_exp.hitl.requests import (
+    Decision,
+    Request,
+    RequestType,
+    answer,
+    ask,
+    content_of,
+    fold,
+)
 from darwin_exp.image import (
     ImageError,
     ImageMissing,
@@ -37,8 +49,11 @@ from darwin_exp.image.library import (
 from darwin_exp.image.recipe import KIND
 from darwin_exp.image.store import open_store
 from darwin_exp.image.wheels import fetch, refuse_intruders, unpack
-from darwin_exp.individual import Genome, SandboxSpec
+from darwin_exp.individual import Genome, Individual, SandboxSpec
+from darwin_exp.journal import Journal
+from darwin_exp.means import Means
 from darwin_exp.protocols import Launch, Limits, SandboxUnavailable, Zone
+from darwin_exp.trials import Broken
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 PROBE = "darwin-probe==1.0"
@@ -352,6 +367,37 @@ class TestImageWithALibrary:
         assert said_in(library.image, PROGRAM) == "42"
         with pytest.raises(ImageError, match="No module named 'darwin_probe'"):  # the control
             said_in(training_image, PROGRAM)
+
+    def test_its_approval_is_in_force_from_the_next_generation_until_it_is_revoked(
+        self, training_image: str, library: LibraryImage, tmp_path: Path
+    ) -> None:
+        inbox, ada = Inbox(tmp_path / "inbox.sqlite"), Author("ada", "terminal")
+        content = content_of({"requirement": PROBE})
+        request = Request("run", RequestType.LIBRARY, "why", "", content, "g00-i01", 0)
+        ask(inbox, request)
+        standing = fold(inbox.entries()).requests[request.request_id]
+        answer(inbox, standing, Decision.APPROVE, ada, request.content_hash)
+        journal = Journal(tmp_path)
+        try:
+            means = Means(tmp_path, tmp_path, image=training_image)
+            effects, base = Effects(journal, means), Individual("g00-i00", 0, 0, Genome.of({}))
+
+            def conditions(generation: int) -> Conditions:
+                board = fold(inbox.entries())
+                return effects.carry_out(generation, board, [base], {}, 2).conditions
+
+            assert conditions(1).image == library.image
+            assert "darwin_probe" in conditions(1).libraries
+            assert conditions(1).sandbox(SandboxSpec("docker", image="own")).image == library.image
+            effects.verify(conditions(1))
+            with pytest.raises(Broken, match="no longer has sha256:0000"):
+                effects.verify(Conditions(image=f"sha256:{'0' * 64}"))
+            inbox.append("revoked", {"request_id": request.request_id, "note": ""}, ada)
+            assert conditions(2) == Conditions()
+            (effect,) = journal.of_kind("effect")
+            assert "with it came darwin-part==" in effect.payload["message"]
+        finally:
+            journal.close()
 
     def test_a_candidate_in_the_sandbox_can_import_it(
         self, training_image: str, library: LibraryImage
