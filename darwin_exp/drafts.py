@@ -166,7 +166,12 @@ class Drafts:
         name = birth.individual_id
         self._pass_gate(birth, proposal, draft, failed)
         review = self._reviews.of_rewrite(
-            f"{name}/{draft}", name, birth.parent, proposal.genome, birth.generation
+            f"{name}/{draft}",
+            name,
+            birth.parent,
+            proposal.genome,
+            birth.generation,
+            proposal.summary,
         )
         if review.refusal:
             self._forget(proposal.genome, name)

@@ -75,12 +75,19 @@ class Reviews:
         return self._people.are_here and self._mode in (ALL, FLAGGED)
 
     def of_rewrite(
-        self, key: str, individual_id: str, parent: Individual, genome: Genome, generation: int
+        self,
+        key: str,
+        individual_id: str,
+        parent: Individual,
+        genome: Genome,
+        generation: int,
+        summary: str,
     ) -> Review:
         """Return what people say of a rewrite before it runs, if they are to be asked.
 
         Args:
             key: of the draft; the same in a resumed run.
+            summary: what its editor says that it is.
 
         Raises:
             InboxError: the inbox is damaged, or its disk is full.
@@ -91,7 +98,7 @@ class Reviews:
             why = why_flagged(genome, parent.genome, self._ordinary_lines)
         if key not in self._known and not (why and self._people.are_here):
             return Review(genome)
-        return self._review(key, individual_id, parent, genome, generation, why)
+        return self._review(key, individual_id, parent, genome, generation, f"{summary} ({why})")
 
     def let_be_champion(self, selected: Individual, base: Individual, closing: str) -> bool:
         """Tell whether people let an individual be what the run claims.

@@ -144,11 +144,19 @@ def _costs(summary: Mapping[str, Any]) -> Text:
 
 
 def _where_next(summary: Mapping[str, Any], run_id: str) -> list[Text]:
+    is_interrupted = summary.get("status") == "interrupted"  # then nobody waited for the page
+    files = [] if is_interrupted else ["report.html"]
+    files += ["champion/"] if summary.get("champion") else []
+    page = "open report.html in a browser"
+    if is_interrupted:
+        page = f"python -m darwin_exp.report {run_id}"
     lines = [
         f"results     runs/{run_id}/",
-        "            report.html, champion/, summary.json, individuals/, journal.sqlite",
-        "look        open report.html in a browser; make ui shows every agent in MLflow",
+        f"            {', '.join([*files, 'summary.json', 'individuals/', 'journal.sqlite'])}",
+        f"look        {page}; make ui shows every agent in MLflow",
     ]
+    if waiting := (summary.get("people") or {}).get("waiting"):
+        lines.append(f"asked       {waiting} waiting for an answer: python -m darwin_exp.hitl list")
     names = [(summary.get(side) or {}).get("individual_id") for side in ("baseline", "champion")]
     if names[1] is not None and names[0] != names[1]:
         lines.append(f"take apart  python -m darwin_exp.ablate {run_id}")
