@@ -332,7 +332,9 @@ class HitlConfig:
     review: Reviewed = _key(
         Reviewed.none, "rewrites that wait for a person: none, flagged, champion or all", True
     )
-    ordinary_lines: int = _key(80, "changed lines beyond which a rewrite is flagged", True)
+    ordinary_lines: int = _key(
+        80, "changed lines, of 100 characters, beyond which a rewrite is flagged", True
+    )
     policy: HitlPolicyConfig = field(default_factory=HitlPolicyConfig)
     block: bool = _key(False, "wait for an answer to whatever is asked, until the deadline", True)
     deadline_seconds: float | None = _key(None, "silence for so long means no; null waits", True)

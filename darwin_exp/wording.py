@@ -7,7 +7,6 @@ Never: shows a zero for what was not measured, or touches the terminal itself.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from darwin_exp.individual import Individual
+from darwin_exp.unseen import is_unseen
 
 # --- the end --------------------------------------------------------------------------------------
 
@@ -169,12 +169,12 @@ def _where_next(summary: Mapping[str, Any], run_id: str) -> list[Text]:
 
 
 def clean(text: str) -> str:
-    """Return text without line breaks, escape sequences or invisible direction marks.
+    """Return text without line breaks, escape sequences or anything else that is not seen.
 
     Summaries and messages may come from a language model or from a candidate's output, and what
     a terminal obeys must come from nobody but this program.
     """
-    return "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text)
+    return "".join(" " if is_unseen(c) else c for c in text)
 
 
 def duration(seconds: float | None) -> str:

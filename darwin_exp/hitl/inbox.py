@@ -18,7 +18,6 @@ import os
 import pwd
 import sqlite3
 import time
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from darwin_exp.journal import is_on_network
+from darwin_exp.unseen import is_unseen
 
 FILE_NAME = "inbox.sqlite"
 KINDS = frozenset(
@@ -65,7 +65,7 @@ class Author:
     def __post_init__(self) -> None:
         if self.door not in get_args(Door):
             raise ValueError(f"an entry comes in by {', '.join(get_args(Door))}, not {self.door!r}")
-        odd = any(unicodedata.category(letter)[0] == "C" for letter in self.name)
+        odd = any(is_unseen(letter) for letter in self.name)
         if not self.name.strip() or len(self.name) > MOST_NAME or odd:
             raise ValueError(f"an author's name has 1 to {MOST_NAME} printable characters")
 

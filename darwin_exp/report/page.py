@@ -31,8 +31,9 @@ from darwin_exp.report.facts import (
     settings,
     signed,
 )
-from darwin_exp.report.patch import FilePatch, patches, visible
+from darwin_exp.report.patch import FilePatch, patches
 from darwin_exp.report.people import MOST_ROWS, in_words
+from darwin_exp.unseen import visible
 from darwin_exp.wording import duration, number
 
 HERE = Path(__file__).parent

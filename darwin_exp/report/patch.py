@@ -6,7 +6,6 @@ Reads: two genomes. Writes: markup in which every byte of theirs is escaped.
 from __future__ import annotations
 
 import difflib
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -14,6 +13,7 @@ from pathlib import PurePosixPath
 from markupsafe import Markup, escape
 
 from darwin_exp.individual import Genome
+from darwin_exp.unseen import spelt_out
 
 CONTEXT = 3
 LARGEST_HIGHLIGHTED = 200_000  # characters of one file
@@ -81,21 +81,8 @@ def _lines(path: str, old: str, new: str) -> Iterator[Line]:
 
 
 def _split(text: str) -> list[str]:
-    lines = visible(text.replace("\r\n", "\n")).split("\n")
+    lines = spelt_out(text.replace("\r\n", "\n")).split("\n")
     return lines[:-1] if lines[-1] == "" else lines
-
-
-def visible(text: str) -> str:
-    """Return text in which what a reader would not see, or see out of order, is spelt out.
-
-    Control characters and marks of direction can make code read as something else than it is.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        f"⟨U+{ord(c):04X}⟩" if unicodedata.category(c)[0] == "C" and c not in "\n\t" else c
-        for c in text
-    )
 
 
 def _highlighted(path: str, lines: Sequence[str]) -> list[Markup]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from darwin_exp.report.patch import visible
+from darwin_exp.unseen import visible
 
 WIDTH, HEIGHT = 600, 330
 

@@ -537,10 +537,10 @@ def test_the_run_view_tells_environments_and_shows_the_last(run: Peopled) -> Non
         run.effect(request, "more", content_hash="ab" * 32, tokens=12_000, source="textdir")
         before = page.pages.live.view().facts
         run.open_environment(request, gain=0.5)
-        wait_for(lambda: "<h3>Environments</h3>" in page.get("/live/run").text)
+        wait_for(lambda: "5 were measured again" in page.get("/live/run").text)
         text = page.get("/run").text
+        assert "<h3>Environments</h3>" in text
         assert "<b>environment 1: data</b> since generation 3: more text to train on" in text
-        assert "5 were measured again" in text
         after = page.pages.live.view().facts
         assert before is not None
         assert after is not None

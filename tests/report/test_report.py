@@ -28,8 +28,9 @@ from darwin_exp.report.effects import MFU, PERPLEXITY, mean_of, operator_records
 from darwin_exp.report.facts import Facts, gather, n_requested
 from darwin_exp.report.lineage import backbone, rows
 from darwin_exp.report.page import render
-from darwin_exp.report.patch import patches, visible
+from darwin_exp.report.patch import patches
 from darwin_exp.report.progress import progress
+from darwin_exp.unseen import spelt_out
 from tests.report.long_journal import LongJournal
 
 PICTURES = {"perplexity", "mfu", "pareto", "best_so_far", "lineage", "edits"}
@@ -518,7 +519,7 @@ LINES = st.lists(st.text(max_size=12), max_size=12).map("\n".join)
 @settings(max_examples=60, deadline=None)
 def test_a_patch_shows_the_code_as_it_is(old: str, new: str, path: str) -> None:
     before, after = Genome.of({path: old}), Genome.of({path: new})
-    texts = [visible(one.as_dict[path]).split("\n") for one in (before, after)]
+    texts = [spelt_out(one.as_dict[path]).split("\n") for one in (before, after)]
     for file in patches(before, after):
         for line in file.lines:
             shown = html.unescape(re.sub(r"<[^>]*>", "", line.code))
