@@ -189,6 +189,46 @@ def test_g3_show_warns_of_what_would_be_refused_when_it_is_carried_out(
     assert "would be refused" not in capsys.readouterr().out
 
 
+def test_g4_show_warns_of_a_data_set_that_is_not_exact(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exact = {"source": "textdir", "path": "/texts", "licence": "CC0", "most_mb": 1}
+    for told, is_exact in (
+        (exact, True),
+        ({**exact, "licence": ""}, False),
+        ({**exact, "val": "/easy"}, False),
+        ({**exact, "most_mb": 10**9}, False),
+    ):
+        wish = replace(SCRIPT, type=RequestType.DATASET, content=json.dumps(told))
+        ask(Inbox(run_folder / FILE_NAME), wish)
+        typed(run_folder, "show", wish.request_id)
+        assert ("would be refused" not in capsys.readouterr().out) is is_exact
+
+
+def test_g7_what_waits_still_waits_for_another_process_and_is_asked_once(run_folder: Path) -> None:
+    command = [*COMMAND, "--runs", str(run_folder.parent), "list"]
+    for _ in range(2):
+        ask(Inbox(run_folder / FILE_NAME), SCRIPT)  # as a run does that was killed meanwhile
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert said.stdout.count(SCRIPT.request_id) == 1
+        assert "2 waiting" in said.stdout
+    assert Inbox(run_folder / FILE_NAME).verify() == 2
+
+
+@pytest.mark.parametrize("kind", ["dataset", "script", "file_structure", "library", "resources"])
+@pytest.mark.parametrize("flag", ["--yes", "-y", "--force", "--all", "--no-input"])
+def test_g9_no_flag_approves_what_a_person_must_decide(
+    run_folder: Path, kind: str, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = replace(SCRIPT, type=RequestType(kind))
+    ask(Inbox(run_folder / FILE_NAME), request)
+    with pytest.raises(SystemExit) as ended:
+        typed(run_folder, "approve", request.request_id, flag)
+    assert ended.value.code == 2
+    assert flag in capsys.readouterr().err
+    assert standing_of(run_folder, request).waits
+
+
 def test_list_and_show_tell_what_came_of_an_answer(
     run_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
