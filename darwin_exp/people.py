@@ -136,7 +136,8 @@ class People:
 
         Whatever else they said is heard where the run has got to, not before.
         """
-        if self.are_here:
+        new = self._read[max(self._taken, default=0) :]
+        if any(entry.kind in ("budget", "answered") for entry in new):
             earlier = [e for e in self._journal.of_kind("inbox") if e.key.startswith("session-")]
             self.take(f"session-{len(earlier)}")
 
