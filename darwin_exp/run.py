@@ -26,13 +26,7 @@ from darwin_exp import parts as workshop_of
 from darwin_exp import summary as summaries
 from darwin_exp.champion import leave_champion
 from darwin_exp.chronicle import Chronicle
-from darwin_exp.config import (
-    ConfigError,
-    from_yaml,
-    is_operational,
-    leaves,
-    refuse_changed_score,
-)
+from darwin_exp.config import ConfigError, from_yaml, leaves, refuse_changed_score
 from darwin_exp.display import Watch
 from darwin_exp.evolution import Parts, evolve
 from darwin_exp.hitl.inbox import InboxError
@@ -43,6 +37,7 @@ from darwin_exp.parts import Workshop, folder
 from darwin_exp.people import People
 from darwin_exp.protocols import Event, Interrupted, ModelsUnavailable, Mutator, Stopped, Tracker
 from darwin_exp.report import write_from
+from darwin_exp.resuming import applicable, refuse_other_environment, refuse_shorter
 from darwin_exp.reviews import Reviews
 from darwin_exp.run_folder import (
     find_run,
@@ -114,7 +109,7 @@ def run(config: DarwinConfig, command: Command, watch: Watch) -> int:
 def _resume(config: DarwinConfig, command: Command, watch: Watch) -> int:
     run_folder = find_run(folder(config.paths.runs), str(config.resume))
     recorded = from_yaml(run_folder / "config.yaml", [], {})
-    overrides = _operational(command.overrides, recorded)
+    overrides = applicable(command.overrides, recorded)
     wanted = from_yaml(run_folder / "config.yaml", overrides, command.chosen or {})
     refuse_changed_score(recorded, wanted)
     wanted.resume = None
@@ -123,60 +118,10 @@ def _resume(config: DarwinConfig, command: Command, watch: Watch) -> int:
         base = None if begun is None else Genome.of(begun.payload["files"])
         workshop = workshop_of.prepare_workshop(wanted, watch.note, base, may_fall_back=False)
         if begun is not None:
-            _refuse_other_environment(run_folder, begun, workshop)
-        _refuse_shorter(wanted, journal)
+            refuse_other_environment(run_folder, begun, workshop)
+        refuse_shorter(wanted, journal)
         write_config(run_folder, wanted)
         return _Session(workshop, run_folder, journal, command, watch).work()
-
-
-def _operational(overrides: Sequence[str], recorded: DarwinConfig) -> list[str]:
-    """Return the typed `key=value`s that apply to a recorded configuration."""
-    known = {key for key, _, _ in leaves(recorded)}
-    kept = []
-    for override in overrides:
-        key, _, _ = override.partition("=")
-        if key == "resume":
-            continue
-        if key.startswith(("+", "~")):
-            raise ConfigError(
-                f"{override}: a resumed run keeps its recipe; resume takes key=value only"
-            )
-        if key in known or ("." in key and is_operational(key)):
-            kept.append(override)
-    return kept
-
-
-def _refuse_other_environment(run_folder: Path, begun: Event, workshop: Workshop) -> None:
-    recorded = begun.payload["environment"]
-    for name, value in workshop.environment.items():
-        if recorded.get(name) != value:
-            raise ConfigError(
-                f"{run_folder.name}: its scores were measured with {name}={recorded.get(name)!r} "
-                f"and here it is {value!r}, so they cannot be compared; start a new run (in a "
-                f"sweep: remove {run_folder}, and its job begins anew)"
-            )
-    before, now = begun.measured["n_slots"], len(workshop.slots)
-    by_the_clock = workshop.config.max_steps is None or workshop.config.fitness.name != "perplexity"
-    if by_the_clock and before != now:
-        raise ConfigError(
-            f"workers={now}: this run's scores depend on the clock, and were measured with "
-            f"{before} slots at work at once; go on with workers={before}"
-        )
-
-
-def _refuse_shorter(wanted: DarwinConfig, journal: Journal) -> None:
-    """Refuse fewer generations than were begun: their individuals would be there and not count."""
-    begun = [int(event.key[1 : event.key.index("-")]) for event in journal.of_kind("proposal")]
-    begun += [
-        event.payload["generation"]
-        for kind in ("effect", "environment", "environment_abandoned")
-        for event in journal.of_kind(kind)
-    ]
-    if wanted.n_generations < max(begun, default=0):
-        raise ConfigError(
-            f"n_generations={wanted.n_generations}: generation {max(begun)} has begun; choose "
-            f"n_generations={max(begun)} or more"
-        )
 
 
 class _Session:
