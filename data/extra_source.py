@@ -8,7 +8,6 @@ that could mean another place elsewhere, or cuts a text that is too long.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,37 +88,6 @@ def read_approved(
         raise DataError(f"extra text: {str(error).removeprefix('dataset.path: ')}") from error
     _check_size(len(text.encode()), approved)
     return text, {**source.facts, **facts, "sha256": source.sha256}
-
-
-def describe(
-    source: str, path: str, most_mb: int, forbidden: tuple[Path, ...] = ()
-) -> dict[str, Any] | None:
-    """Return what a request names at this moment, so that what is approved can be held to it.
-
-    Returns:
-        How many `files` and `bytes` a textdir has, and a `sha256` over their names and contents;
-        None for other sources, and where nothing is yet.
-
-    Raises:
-        DataError: what is there would be refused, or cannot be read.
-    """
-    if source != "textdir" or not os.path.lexists(path):
-        return None
-    approved = Approved(source, path, most_mb, forbidden)
-    _refuse_impossible(approved)
-    place = _path(approved)
-    files = _files(approved, place)
-    total = hashlib.sha256()
-    n_bytes = 0
-    for file in files:
-        try:
-            with file.open("rb") as opened:
-                content = hashlib.file_digest(opened, "sha256").hexdigest()
-                n_bytes += opened.tell()
-        except OSError as error:
-            raise _unreadable(error) from error
-        total.update(f"{content} {str(file.relative_to(place))!r}\n".encode())
-    return {"files": len(files), "bytes": n_bytes, "sha256": total.hexdigest()}
 
 
 def _refuse_impossible(approved: Approved) -> None:

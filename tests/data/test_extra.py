@@ -31,7 +31,6 @@ from data import (
     verify_extra,
 )
 from data.download import GPT2_VOCABULARY, fetched
-from data.extra_source import describe
 from data.held_out import passages, without_held_out
 from data.overlap import overlap_with_first
 from data.preparation import split_text
@@ -530,45 +529,6 @@ def test_g4_a_folder_without_end_is_refused(
     add(path=str(folder))
     (folder / "more").mkdir()
     assert "more than 2 files and folders" in refused(lambda: add(path=str(folder)))
-
-
-def test_g4_what_is_approved_is_described_by_its_content(tmp_path: Path) -> None:
-    folder = tmp_path / "texts"
-    ask = partial(describe, "textdir", str(folder), 1)
-    assert ask() is None  # nothing yet
-    folder.mkdir()
-    (folder / "a.txt").write_text("one")
-    (folder / "b.txt").write_text("two!")
-    (folder / "b.md").write_text("is not read")
-    first = ask()
-    assert first is not None
-    assert (first["files"], first["bytes"]) == (2, 7)
-    (folder / "b.md").write_text("and may change")
-    assert ask() == first
-    hashes = {first["sha256"]}
-    for name, content in (("a.txt", "ONE"), ("a.txt", "onet"), ("c.txt", "")):
-        (folder / name).write_text(content)
-        changed = ask()
-        assert changed is not None
-        hashes.add(changed["sha256"])
-    (folder / "c.txt").rename(folder / "d.txt")
-    hashes.add((ask() or first)["sha256"])
-    assert len(hashes) == 5
-    assert describe("textdir", str(folder / "a.txt"), 1) == {
-        "files": 1,
-        "bytes": 4,
-        "sha256": hashlib.sha256(
-            f"{hashlib.sha256(b'onet').hexdigest()} '.'\n".encode()
-        ).hexdigest(),
-    }
-    for path, most_mb, said in (
-        (tmp_path, 1, "of which nothing is ever read"),
-        (folder, 0, "most_mb"),
-    ):
-        refusing = partial(describe, "textdir", str(path), most_mb, (folder,))
-        assert said in refused(refusing)
-    assert describe("huggingface", "owner/name", 1) is None
-    assert describe("stdlib", "-", 1) is None
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,7 @@ class Past:
             {"generation": 0, "parent_ids": [], "fitness": 1.0, "status": "OK"},
         )
         self.n = 0
+        self.environment = 0
         self.close(0)
 
     def edit(
@@ -132,11 +133,20 @@ class Past:
                 "parent_ids": ["g00-i00"],
                 "fitness": fitness,
                 "status": "CRASHED" if fitness is None else "OK",
+                **({"environment": self.environment} if self.environment else {}),
             },
         )
 
     def close(self, generation: int) -> None:
         self.journal.append("generation", str(generation), {"generation": generation})
+
+    def change_conditions(self, base_fitness: float | None) -> None:
+        """Open environment 1 in generation 2, where the base comes to another fitness."""
+        self.environment = 1
+        if base_fitness is not None:
+            self.journal.append(
+                "remeasured", "e1/g00-i00", {"individual_id": "g00-i00", "fitness": base_fitness}
+            )
 
 
 @pytest.fixture
@@ -148,6 +158,22 @@ def past(tmp_path: Path) -> Iterator[Past]:
 
 def shares(past: Past, generation: int = 2) -> list[float]:
     return Bandit(((A, 1.0), (B, 1.0)), 0, past.journal).shares(generation)
+
+
+@pytest.mark.parametrize(("base_there", "is_gain"), [(2.0, False), (None, False), (1.5, True)])
+def test_a_gain_is_measured_in_one_environment(
+    past: Past, base_there: float | None, is_gain: bool
+) -> None:
+    """Twice the time makes every child fitter than its parent was before."""
+    past.edit(A, 1.0)
+    past.edit(B, 1.0)
+    past.close(1)
+    past.change_conditions(base_there)
+    past.edit(A, 2.0, generation=2)
+    past.edit(B, None, generation=2)
+    past.close(2)
+    of_a, of_b = shares(past, generation=3)
+    assert (of_a > of_b + 1e-9) is is_gain
 
 
 def test_a_bandit_that_has_seen_no_gain_goes_by_the_weights(past: Past) -> None:
